@@ -1,0 +1,1 @@
+"""Learns from judged paths: model, kernels, credit, learner, evaluation, report, command line."""

@@ -1,0 +1,130 @@
+"""How an answer grows: steps, paths, and the one verb that extends them.
+
+Token ids are the only truth; text is derived from ids and never turned back into them.
+Knows nothing of verifiers, models, Ray or vLLM. Neighbours: every search in this room is written for one
+task against `Engine`; `rollouts` makes `Engine` real and runs many tasks at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+Ending = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A run of tokens that was added to a path in one piece.
+
+    Example:
+        Step(ids=(12, 7, 1), logprobs=(-0.1, -0.7, -0.0), text="3+4", versions=((5, 0, 3),))
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of `ids`, under the policy that sampled them (nats); 0.0 where not sampled
+    text: str = ""
+    sampled: bool = True  # False: written by the search or an environment, so never trained on
+    versions: tuple[tuple[int, int, int], ...] = ()  # (policy version, start, end) spans over `ids`
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids but {len(self.logprobs)} logprobs"
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A prompt and the steps taken from it: a leaf of some tree, or a whole answer.
+
+    `seed` is the identity of the path for randomness: child i of a path samples with `derive(seed, i)`,
+    so the same seed gives the same tree under any scheduling order.
+    """
+
+    prompt: tuple[int, ...]
+    steps: tuple[Step, ...] = ()
+    end: Ending | None = None  # "stop": ended by itself; "length": hit the limit (unfinished); None: may go on
+    seed: int = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and steps: what the engine continues from."""
+        return self.prompt + tuple(i for step in self.steps for i in step.ids)
+
+    @property
+    def text(self) -> str:
+        """The response, without the prompt."""
+        return "".join(step.text for step in self.steps)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(len(step.ids) for step in self.steps if step.sampled)
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the sampled tokens in nats, under the policy that sampled them."""
+        return sum(lp for step in self.steps if step.sampled for lp in step.logprobs)
+
+    def grow(self, step: Step, *, end: Ending | None = None, seed: int | None = None) -> Trajectory:
+        return replace(self, steps=(*self.steps, step), end=end, seed=self.seed if seed is None else seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """Where one extension stops: the granularity of a search."""
+
+    kind: Literal["end", "step", "tokens"]
+    tokens: int = 0
+
+
+END = Until("end")  # solution level: to the end of the answer
+STEP = Until("step")  # step level: to the next step delimiter
+
+
+def TOKENS(count: int) -> Until:  # noqa: N802 (reads like END and STEP)
+    """Token level: exactly `count` more tokens, or fewer if the answer ends."""
+    if count < 1:
+        raise ValueError(f"TOKENS({count}): give at least 1 token")
+    return Until("tokens", count)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an engine draws tokens. `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256  # of the whole response, over all its steps
+    step: str = "\n"  # the delimiter that ends a step
+
+
+class Engine(Protocol):
+    """Extends paths. vLLM in Ray actors, transformers in process, scripted, or the exact toy chain."""
+
+    sampling: Sampling
+
+    async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
+        """`n` continuations of `path`, child i seeded by `derive(path.seed, i)`.
+
+        Raises ValueError for a path that has ended.
+        """
+        ...
+
+    def at(self, **changes: float | int | str) -> Engine:
+        """The same engine with other sampling settings, e.g. `engine.at(temperature=0.0)`."""
+        ...
+
+
+Score = Callable[[Trajectory], Awaitable[float]]  # bound by the caller: a search never sees the reference answer
+
+
+class Search(Protocol):
+    """A way to spend compute on one task, written as if alone; the engine batches across tasks."""
+
+    async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]: ...
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed hashed from its parts. Never base + i: such seeds collide across requests."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
