@@ -1,0 +1,182 @@
+r"""Where the final answer stands in a response.
+
+Finds text, never judges it: knows no numbers and no reference. A response commits to an answer with a marker
+(`\boxed{}`, `<answer>`, `####`, "Answer:") or by being nothing but the answer. What is found goes to `verifiers.math`.
+Limits: markers are English; a box inside an unclosed `<think>` is a thought, not an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+BARE = 240  # characters: a response no longer than this may be an answer without any marker
+LONGEST = 4000  # characters of an answer; what is longer is no answer
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+_CUE = re.compile(
+    r"\b(?:final\s+)?ans(?:wer)?\b[*_\s]*(?:(?:of|to|for)\b[^.:=\n]{1,80}?)?(?:\b(?:is|was|equals|should\s+be|must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*",
+    re.IGNORECASE,
+)
+_REVISED = re.compile(r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I)
+_JOIN = re.compile(r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE = re.compile(r"[.!](?=\s+[A-Z]|\s*$)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The texts a response commits to. They must agree with each other: more than one is normally a contradiction."""
+
+    texts: tuple[str, ...]  # the last is the final one
+    marker: str
+
+
+def final(response: str) -> Found | None:
+    """The final answer of a response as it is written there; None when it commits to none."""
+    text = _after_thinking(response)
+    if text is None:
+        return None
+    tags = [tag.strip() for tag in _TAG.findall(text)] if "answer>" in text.lower() else []
+    if tags:
+        inner = [_inside_tag(tag) for tag in tags]
+        outside = _boxes(_TAG.sub(" ", text))
+        return _found((*outside, *(t for texts in inner for t in texts)), "tag")
+    if "boxed" in text or "fbox" in text:
+        boxes = _boxes(text)
+        if boxes:
+            return _found(boxes, "box")
+        if _BOX.search(text) and "{}" not in text:
+            return None  # a box that never closes: the response was cut off
+    for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math)):
+        candidate = find(text)
+        if candidate:
+            return _found((candidate,), marker)
+    return None
+
+
+def _found(texts: tuple[str, ...], marker: str) -> Found | None:
+    if not texts or not texts[-1].strip() or len(texts[-1]) > LONGEST:
+        return None
+    return Found(tuple(dict.fromkeys(t.strip() for t in texts if t.strip())), marker)
+
+
+def _after_thinking(text: str) -> str | None:
+    end = text.rfind("</think>")
+    if end >= 0:
+        return text[end + 8 :]
+    return None if "<think>" in text else text
+
+
+def _inside_tag(tag: str) -> tuple[str, ...]:
+    boxes = _boxes(tag)
+    if boxes:
+        return boxes
+    cue = _cue(tag)
+    return (cue or tag,)
+
+
+def closing(text: str, start: int) -> int:
+    """Index of the brace that closes the one at `start`, or -1."""
+    depth, i, size = 0, start, len(text)
+    while i < size:
+        c = text[i]
+        if c == "\\":
+            i += 2
+            continue
+        if c == "{":
+            depth += 1
+        elif c == "}":
+            depth -= 1
+            if not depth:
+                return i
+        i += 1
+    return -1
+
+
+def _boxes(text: str) -> tuple[str, ...]:
+    """Contents of the boxes that count: from the last revision on, with neighbours on one line joined to a list."""
+    spans: list[tuple[int, int, str]] = []
+    for match in _BOX.finditer(text):
+        if spans and match.start() < spans[-1][1]:  # a box in a box: the inner one is the answer
+            if text[spans[-1][1] - 1 : spans[-1][1]] != "}":
+                continue
+        at = match.end()
+        if text[at : at + 1] == "{":
+            end = closing(text, at)
+            if end < 0:
+                return ()  # cut off
+            content, stop = text[at + 1 : end], end + 1
+        else:
+            bare = re.compile(r"[^\s$\\{}]+").match(text, at)
+            if not bare or match.end() == match.start() + len(match.group().rstrip()):
+                continue
+            content, stop = bare.group().rstrip(".,"), bare.end()
+        if spans and match.start() < spans[-1][1]:
+            spans[-1] = (spans[-1][0], spans[-1][1], content)
+        elif content.strip():
+            spans.append((match.start(), stop, content.strip()))
+    groups: list[list[str]] = []
+    end_of_last = 0
+    for start, stop, content in spans:
+        between = text[end_of_last:start]
+        if groups and _REVISED.search(between):
+            groups = [[content]]
+        elif groups and "\n" not in between and len(between) < 60 and _JOIN.fullmatch(between):
+            groups[-1].append(content)
+        else:
+            groups.append([content])
+        end_of_last = stop
+    return tuple(", ".join(dict.fromkeys(group)) for group in groups)
+
+
+def _hashes(text: str) -> str | None:
+    at = text.rfind("####")
+    if at < 0:
+        return None
+    line, _, rest = text[at + 4 :].lstrip("# \t").partition("\n")
+    return None if rest.strip() or re.match(r"\s*(?:step|solution)\b", line, re.I) else trim(line)
+
+
+def _cue(text: str) -> str | None:
+    last = None
+    for last in _CUE.finditer(text):
+        pass
+    if last is None:
+        return None
+    rest = text[last.end() :].lstrip(" \t*_")
+    line = rest.lstrip("\n").partition("\n")[0]
+    if re.match(r"\s*(?:\\\[|\$\$)\s*$", line):  # a display that opens on its own line
+        display = _MATH.search(rest)
+        return trim(display.group()) if display else None
+    return trim(line)
+
+
+def _bare(text: str) -> str | None:
+    text = text.strip()
+    if len(text) > BARE or "\n" in text.strip("$ \n"):
+        return None
+    prose = re.sub(r"\\[A-Za-z]+|\$", " ", text)
+    return trim(text) if len(re.findall(r"[A-Za-z]{3,}", prose)) <= 4 else None
+
+
+def _lone_math(text: str) -> str | None:
+    """The only formula of the last paragraph."""
+    last = text.strip().rpartition("\n\n")[2]
+    spans = [next(g for g in m.groups() if g) for m in _MATH.finditer(last)]
+    return trim(spans[0]) if len(spans) == 1 else None
+
+
+def trim(text: str) -> str:
+    """One answer without the sentence around it."""
+    text = text.strip().strip("*_`").strip()
+    span = _MATH.match(text)
+    if span and not re.match(r"\s*(?:,|;|and\b|or\b|\\|%|[-+=<>^])", text[span.end() :]):
+        tail = _SENTENCE.split(text[span.end() :])[0].strip(" *_")
+        unit = re.match(r"[A-Za-z°/^0-9 ]{0,24}$", tail)
+        return next(g for g in span.groups() if g).strip() + (" " + tail if unit and tail else "")
+    end = _SENTENCE.search(text)
+    if end and end.start():
+        text = text[: end.start()]
+    return text.strip().strip("*_`").strip()
