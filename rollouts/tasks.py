@@ -84,7 +84,7 @@ class ReasoningGym:
         )
 
     def _entries(self, split: str) -> Iterator[dict[str, Any]]:
-        """Endless. The library seeds instance i with seed + i; a hashed seed per part keeps the parts from overlapping."""
+        """Endless. The library seeds instance i with seed + i; a hashed seed per part keeps parts from overlapping."""
         for part in count():
             seed = derive(self.seed, self.dataset, split, part) % 2**31
             yield from _generator(self.dataset, {**self.params, "seed": seed, "size": DRY})
