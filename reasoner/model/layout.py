@@ -1,0 +1,105 @@
+"""Where the real tokens of a batch stand: padding on either side and packed sequences, reduced to one picture.
+
+Every layer works on the real tokens alone, (T, D). Attention alone needs a rectangle, one row per sequence, filled
+from the left: then causal attention needs no mask, because what follows a sequence never reaches it.
+Knows no weights. Neighbours: `mla.py` moves tokens into the rectangle; `transformer.py` moves them back.
+
+Shapes: B, L the input's rows and columns; T real tokens; N sequences of at most S tokens; P tokens already cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """T real tokens, as positions in the input (B, L) and in the rectangle of sequences (N, S)."""
+
+    batch: int
+    length: int
+    source_T: Tensor | None  # index into B * L; None: every token is real
+    sequences: int
+    width: int
+    slots_T: Tensor | None  # index into N * S; None: the rectangle is the input
+    positions_T: Tensor  # for the rotary embedding
+    mask_BLP: Tensor | None = None  # continuing a cache: which of the P + L keys a query may see; None: all
+    continues: bool = False  # keys of earlier tokens are in the cache
+
+    def take(self, x_BL: Tensor) -> Tensor:
+        """(B, L, ...) -> (T, ...)"""
+        flat = x_BL.flatten(0, 1)
+        return flat if self.source_T is None else flat[self.source_T]
+
+    def put(self, x_T: Tensor) -> Tensor:
+        """(T, ...) -> (B, L, ...), zero where there is padding."""
+        return _place(x_T, self.source_T, self.batch, self.length)
+
+    def rows(self, x_T: Tensor) -> Tensor:
+        """(T, ...) -> (N, S, ...), zero where a sequence is shorter."""
+        return _place(x_T, self.slots_T, self.sequences, self.width)
+
+    def unrow(self, x_NS: Tensor) -> Tensor:
+        """(N, S, ...) -> (T, ...)"""
+        flat = x_NS.flatten(0, 1)
+        return flat if self.slots_T is None else flat.index_select(0, self.slots_T)
+
+
+def _place(x_T: Tensor, index_T: Tensor | None, rows: int, columns: int) -> Tensor:
+    if index_T is not None:
+        x_T = x_T.new_zeros(rows * columns, *x_T.shape[1:]).index_copy(0, index_T, x_T)
+    return x_T.unflatten(0, (rows, columns))
+
+
+def fresh(x_BLD: Tensor, mask_BL: Tensor | None, positions_BL: Tensor | None) -> Layout:
+    """The layout of a forward that starts at the beginning of its sequences.
+
+    With `mask_BL` each row is one sequence. Without it, positions that do not go up by one start a new sequence in the
+    same row: the padding-free packing of TRL and transformers.
+    """
+    (batch, length), device = x_BLD.shape[:2], x_BLD.device
+    if mask_BL is not None and not mask_BL.all():
+        real_BL = mask_BL.bool()
+        source_T = real_BL.flatten().nonzero()[:, 0]
+        within_BL = real_BL.cumsum(1) - 1
+        width = int(within_BL.max()) + 1
+        row_T = source_T // length
+        within_T = within_BL.flatten()[source_T]
+        positions_T = within_T if positions_BL is None else positions_BL.expand(batch, length).flatten()[source_T]
+        return Layout(batch, length, source_T, batch, width, row_T * width + within_T, positions_T)
+
+    if positions_BL is None:
+        positions_T = torch.arange(length, device=device).repeat(batch)
+        return Layout(batch, length, None, batch, length, None, positions_T)
+    positions_BL = positions_BL.expand(batch, length)
+    starts_BL = torch.ones_like(positions_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = positions_BL.diff(dim=1) != 1
+    if mask_BL is not None or not starts_BL[:, 1:].any():
+        return Layout(batch, length, None, batch, length, None, positions_BL.flatten())
+    first_N = starts_BL.flatten().nonzero()[:, 0]
+    sequence_T = starts_BL.flatten().cumsum(0) - 1
+    within_T = torch.arange(batch * length, device=device) - first_N[sequence_T]
+    width = int(within_T.max()) + 1
+    slots_T = sequence_T * width + within_T
+    return Layout(batch, length, None, len(first_N), width, slots_T, positions_BL.flatten())
+
+
+def continued(x_BLD: Tensor, cached: int, mask_BP: Tensor | None, positions_BL: Tensor | None) -> Layout:
+    """The layout of a forward that goes on from `cached` tokens. `mask_BP` covers the cached and the new ones."""
+    (batch, length), device = x_BLD.shape[:2], x_BLD.device
+    total = cached + length
+    if positions_BL is None:
+        real_BP = torch.ones(batch, total, device=device) if mask_BP is None else mask_BP
+        positions_BL = (real_BP.long().cumsum(1) - 1).clamp(min=0)[:, cached:]
+    visible = None
+    if length > 1:
+        columns = torch.arange(total, device=device)
+        visible = (columns[None] <= columns[cached:, None]).expand(batch, length, total)
+    if mask_BP is not None:
+        real = mask_BP.bool()[:, None].expand(batch, length, total)
+        visible = real if visible is None else visible & real
+    positions_T = positions_BL.expand(batch, length).flatten()
+    return Layout(batch, length, None, batch, length, None, positions_T, visible, continues=True)

@@ -1,0 +1,152 @@
+"""Fine-grained mixture of experts with a shared expert (DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437).
+
+The router scores every expert by a sigmoid in float32; a bias that no gradient touches decides who is chosen, never how much
+the chosen count, and `balance` moves it towards equal load. Knows nothing of attention or batches.
+Neighbours: `transformer.py` calls it and gathers the loads.
+
+Shapes: T tokens, D model width, E experts, K chosen per token, I width of an expert, A = T * K assignments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ReasonerConfig
+
+
+class Mlp(nn.Module):
+    """SwiGLU: the dense layers and the shared expert."""
+
+    def __init__(self, hidden: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token and says how much each counts."""
+
+    def __init__(self, config: ReasonerConfig):
+        super().__init__()
+        self.chosen = config.num_experts_per_tok
+        self.groups, self.open_groups = config.n_group, config.topk_group
+        self.normalise, self.scale = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """Moves the bias between devices and keeps it in float32: `balance` takes steps that vanish in bfloat16."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights (T, K) in float32 and expert ids (T, K); given ids are kept and only weighted."""
+        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        if experts_TK is None:
+            experts_TK = self.choose(scores_TE.detach() + self.e_score_correction_bias)
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.normalise:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return weights_TK * self.scale, experts_TK
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """The K best experts, out of the groups whose two best experts sum highest."""
+        if self.groups > 1:
+            grouped_TGe = scores_TE.unflatten(1, (self.groups, -1))
+            best_TG = grouped_TGe.topk(2, dim=-1).values.sum(-1).topk(self.open_groups, dim=-1, sorted=False).indices
+            closed_TG = torch.ones_like(grouped_TGe[..., 0], dtype=torch.bool).scatter(1, best_TG, False)
+            scores_TE = grouped_TGe.masked_fill(closed_TG[..., None], float("-inf")).flatten(1)
+        return scores_TE.topk(self.chosen, dim=-1, sorted=False).indices
+
+
+class Experts(nn.Module):
+    """E small SwiGLU layers as two stacks of matrices, run as grouped matrix products over tokens sorted by expert."""
+
+    def __init__(self, config: ReasonerConfig):
+        super().__init__()
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        chosen = experts_TK.shape[1]
+        order_A = experts_TK.flatten().argsort(stable=True)
+        place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        ends_E = torch.bincount(experts_TK.flatten(), minlength=len(self.down_proj)).cumsum(0).int()
+        x_AD = Sort.apply(x_TD, order_A, place_A, chosen)
+        gate_AI, up_AI = F.grouped_mm(x_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        y_AD = F.grouped_mm(F.silu(gate_AI) * up_AI, self.down_proj.transpose(1, 2), offs=ends_E)
+        y_TKD = Unsort.apply(y_AD, order_A, place_A).unflatten(0, (-1, chosen))
+        return (weights_TK.to(x_TD.dtype)[:, None] @ y_TKD)[:, 0]
+
+
+class Sort(torch.autograd.Function):
+    """Copies each token to its K places. Both directions are gathers; autograd's own backward would scatter with atomics."""
+
+    @staticmethod
+    def forward(ctx, x_TD, order_A, place_A, chosen):
+        ctx.save_for_backward(place_A)
+        ctx.chosen = chosen
+        return x_TD.index_select(0, order_A // chosen)
+
+    @staticmethod
+    def backward(ctx, grad_AD):
+        (place_A,) = ctx.saved_tensors
+        return grad_AD.index_select(0, place_A).unflatten(0, (-1, ctx.chosen)).sum(1), None, None, None
+
+
+class Unsort(torch.autograd.Function):
+    """Back to the order of tokens: a permutation, so its backward is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx, y_AD, order_A, place_A):
+        ctx.save_for_backward(order_A)
+        return y_AD.index_select(0, place_A)
+
+    @staticmethod
+    def backward(ctx, grad_AD):
+        (order_A,) = ctx.saved_tensors
+        return grad_AD.index_select(0, order_A), None, None
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ReasonerConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = Mlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.load_E: Tensor | None = None  # tokens sent to each expert in training since `balance` last looked
+
+    def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weights_TK, experts_TK = self.gate(x_TD, experts_TK)
+        return self.experts(x_TD, weights_TK, experts_TK) + self.shared_experts(x_TD), experts_TK
+
+    def count(self, experts_TK: Tensor) -> None:
+        load_E = torch.bincount(experts_TK.flatten(), minlength=len(self.gate.weight))
+        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+
+
+@torch.no_grad()
+def balance(model: nn.Module, rate: float = 1e-3) -> None:
+    """Moves each router's bias one step towards equal load: up for experts below the mean load, down for those above.
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664), with the step's mean removed so that biases do not drift together. Call it
+    after an optimizer step; biases stand still otherwise, which keeps a rollout and its update on the same experts.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoE) and layer.load_E is not None:
+            load_E = layer.load_E.float()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(load_E)
+            step_E = rate * (load_E.mean() - load_E).sign()
+            layer.gate.e_score_correction_bias += step_E - step_E.mean()
+            layer.load_E = None

@@ -1,0 +1,84 @@
+"""Our model against transformers' DeepseekV3ForCausalLM on the same checkpoint: logits, gradients, cached decoding."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, load, save
+
+CONFIGURATIONS = {
+    "small": {},
+    "query latent": dict(q_lora_rank=48),
+    "groups": dict(n_group=4, topk_group=2, routed_scaling_factor=2.5),
+    "all experts, weights as they are": dict(first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=2),
+    "all dense": dict(first_k_dense_replace=3),
+    "values wider than keys": dict(v_head_dim=80, qk_nope_head_dim=16, q_lora_rank=32),
+}
+
+
+def random_model(seed: int = 0, **changes) -> ReasonerForCausalLM:
+    """Weights large enough that experts, norms and biases differ visibly."""
+    torch.manual_seed(seed)
+    sizes = dict(num_hidden_layers=3, hidden_size=64, intermediate_size=96) | changes
+    model = ReasonerForCausalLM(ReasonerConfig.small(vocab_size=32, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if parameter.ndim == 1 else parameter * 5)
+        for buffer in model.buffers():
+            buffer.normal_(std=0.1)
+    return model
+
+
+def tokens(rows: int = 3, columns: int = 23, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 32, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def largest(difference: torch.Tensor) -> float:
+    return difference.abs().max().item()
+
+
+@pytest.fixture(params=CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def pair(request, tmp_path):
+    ours = random_model(**request.param)
+    save(ours, char_tokenizer("0123456789"), tmp_path / "checkpoint")
+    return ours, AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+
+
+def test_logits_equal_those_of_transformers(pair):
+    ours, theirs = pair
+    assert type(theirs).__name__ == "DeepseekV3ForCausalLM"
+    logits = ours(tokens()).logits
+    assert largest(logits) > 1  # else agreement says nothing
+    assert largest(logits - theirs(tokens()).logits) < 1e-4
+
+
+def test_cached_decoding_equals_transformers_with_left_padding(pair):
+    ours, theirs = pair
+    mask = torch.ones(3, 23, dtype=torch.long)
+    mask[0, :7] = mask[1, :1] = 0
+    generated = {
+        name: model.generate(
+            tokens(), attention_mask=mask, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for name, model in (("ours", ours), ("theirs", theirs))
+    }
+    assert torch.equal(generated["ours"].sequences, generated["theirs"].sequences)
+    assert largest(torch.stack(generated["ours"].logits) - torch.stack(generated["theirs"].logits)) < 1e-4
+
+
+def test_gradients_equal_those_of_transformers(pair):
+    ours, theirs = pair
+    for model in pair:
+        model.train()
+        model(tokens(), labels=tokens()).loss.backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gradient = wanted[name].grad
+        assert largest(parameter.grad - gradient) <= 1e-4 * largest(gradient), name
+
+
+def test_loaded_checkpoint_computes_the_same(tmp_path):
+    model = random_model()
+    save(model, char_tokenizer("0123456789"), tmp_path / "checkpoint")
+    again = load(tmp_path / "checkpoint")
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
