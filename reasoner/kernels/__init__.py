@@ -1,0 +1,11 @@
+"""The model's inner loops: one Python function per op, CUDA where it is built, PyTorch elsewhere.
+
+`reference` is the specification of every op; `csrc` holds the kernels; `dispatch` tells the modes ("auto", "reference",
+"require", "emulate"). Imports with torch alone. Neighbours: `reasoner.model` is built on these ops, the learner uses
+`token_logprob`.
+"""
+
+from .dispatch import set_mode, using
+from .head import token_logprob
+
+__all__ = ["set_mode", "token_logprob", "using"]

@@ -1,0 +1,122 @@
+"""Decides, call by call, whether an op runs its kernel or its reference, and makes the call.
+
+Modes: "auto" (kernels on a GPU, the reference elsewhere or where a kernel does not fit), "reference" (never a kernel),
+"require" (a GPU tensor without its kernel is an error), "emulate" (kernels on CPU tensors too, in the emulator: for tests).
+Knows no op. Neighbours: the op files ask `library` and run the kernel with `call`; `build` compiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import build
+
+MODES = ("auto", "reference", "require", "emulate")
+DTYPES = (torch.float32, torch.bfloat16)  # what the kernels read and write
+
+_mode = "auto"
+_log = logging.getLogger("reasoner.kernels")
+
+
+def set_mode(mode: str) -> None:
+    """Choose the mode of this process (the modes are told at the top of the file)."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"kernels={mode!r}: choose one of {', '.join(MODES)}")
+    _mode = mode
+
+
+@contextmanager
+def using(mode: str) -> Iterator[None]:
+    """`with using("reference"):` the mode inside, the old one after."""
+    before = _mode
+    set_mode(mode)
+    try:
+        yield
+    finally:
+        set_mode(before)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def target_of(x: torch.Tensor) -> str | None:
+    """What to compile for so that a kernel can run where `x` lies; None: run the reference."""
+    if _mode == "reference":
+        return None
+    if x.is_cuda:
+        return _architecture(x.device.index)
+    return build.EMULATOR if _mode == "emulate" and x.device.type == "cpu" else None
+
+
+def library(source: str, x: torch.Tensor, *misfits: str | None) -> ctypes.CDLL | None:
+    """The compiled `csrc/{source}.cu` for the device of `x`, or None for the reference.
+
+    `misfits`: one line for each thing the kernel does not support, None where it does. Under "require" (and "emulate") a
+    misfit or a missing compiler raises; under "auto" it is logged once.
+    """
+    target = target_of(x)
+    if target is None:
+        return None
+    why = next(filter(None, misfits), None)
+    if why is None:
+        try:
+            return _load(source, target)
+        except (RuntimeError, OSError) as error:
+            why = str(error)
+    message = f"{source}: {why}"
+    if _mode in ("require", "emulate"):
+        raise ValueError(f'{message}; kernels="{_mode}" forbids the reference: change the size, or use kernels="auto"')
+    _say_once(f"{message}; the PyTorch reference runs instead")
+    return None
+
+
+@functools.cache
+def _load(source: str, target: str) -> ctypes.CDLL:
+    major = int(target.removeprefix("sm_").rstrip("a")) // 10 if target.startswith("sm_") else 9
+    if major < 8:
+        raise RuntimeError(f"{target} is older than sm_80")
+    return build.load(build.SOURCES / f"{source}.cu", target)
+
+
+def dtype_misfit(*tensors: torch.Tensor) -> str | None:
+    bad = next((t.dtype for t in tensors if t.dtype not in DTYPES), None)
+    return None if bad is None else f"{bad} is not among {DTYPES}"
+
+
+def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous(), f"a kernel needs contiguous memory, got strides {value.stride()}"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value)
+
+
+def call(library: ctypes.CDLL, name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | None) -> None:
+    """Run `name` of `library` on the current stream of the device of `x`. Raises RuntimeError with the device's words."""
+    function = getattr(library, name)
+    converted = [_argument(a) for a in arguments]
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            code = function(*converted, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    else:
+        code = function(*converted, ctypes.c_void_p(None))
+    if code:
+        library.error_text.restype = ctypes.c_char_p
+        raise RuntimeError(f"{name}: {library.error_text(code).decode()}")

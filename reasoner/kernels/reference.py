@@ -1,0 +1,63 @@
+"""Each op in plain PyTorch: the specification the kernels are tested against, and what runs where there is no GPU.
+
+Written for exactness and for the CPU; every function is differentiable by autograd unless it returns indices.
+Float32 inside for lower precisions, float64 for float64. Knows nothing of kernels. Neighbours: the op files.
+Shapes: T tokens, H hidden, V vocabulary, E experts, K chosen experts, I expert width, B sequences, S queries of one
+sequence, N heads, D = R + P a cached row (R latent numbers, P rotary ones).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of `target_T` and entropy of the distribution, (T,) each, in nats. Holds all logits: for tests.
+
+    A negative target marks a row to leave out: 0 in both, no gradient.
+    """
+    logp_TV = F.log_softmax(wide(hidden_TH) @ wide(weight_VH).T / temperature, dim=-1)
+    entropy_T = -torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV).sum(-1)
+    logprob_T = logp_TV.gather(-1, target_T.clamp(min=0)[:, None])[:, 0]
+    return torch.where(target_T < 0, 0.0, logprob_T), torch.where(target_T < 0, 0.0, entropy_T)
+
+
+def head_statistics(z_TC: Tensor, target_T: Tensor, state_4T: Tensor, start: int, temperature: float) -> None:
+    """Fold the logits of the vocabulary entries start .. start+C into `state_4T`: max m, sum of e^(x-m), sum of (x-m) e^(x-m), x[target]."""
+    x_TC = z_TC / temperature
+    max_T, sum_T, weighted_T, picked_T = state_4T
+    new_T = torch.maximum(max_T, x_TC.amax(-1))
+    shift_TC = x_TC - new_T[:, None]
+    e_TC = shift_TC.exp()
+    shift_T = torch.where(max_T == -torch.inf, 0.0, max_T - new_T)
+    factor_T = shift_T.exp()
+    weighted_T.copy_((weighted_T + shift_T * sum_T) * factor_T + torch.where(e_TC == 0, 0.0, e_TC * shift_TC).sum(-1))
+    sum_T.copy_(sum_T * factor_T + e_TC.sum(-1))
+    max_T.copy_(new_T)
+    column_T = target_T - start
+    inside_T = (target_T >= 0) & (column_T >= 0) & (column_T < x_TC.shape[1])
+    chosen_T = x_TC.gather(-1, column_T.clamp(0, x_TC.shape[1] - 1)[:, None])[:, 0]
+    picked_T.copy_(torch.where(inside_T, chosen_T, picked_T))
+
+
+def head_gradient(
+    z_TC: Tensor, target_T: Tensor, lse_T: Tensor, entropy_T: Tensor, by_logprob_T: Tensor, by_entropy_T: Tensor,
+    start: int, temperature: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradient with respect to the logits, in `dtype`. Overwrites `z_TC`."""
+    logp_TC = z_TC.div_(temperature).sub_(lse_T[:, None])
+    p_TC = logp_TC.exp()
+    spread_TC = torch.where(p_TC == 0, 0.0, logp_TC.add_(entropy_T[:, None]).mul_(p_TC))
+    d_TC = p_TC.mul_(-by_logprob_T[:, None]).addcmul_(spread_TC, by_entropy_T[:, None], value=-1.0)
+    column_T = target_T - start
+    inside_T = (target_T >= 0) & (column_T >= 0) & (column_T < z_TC.shape[1])
+    d_TC.scatter_add_(1, column_T.clamp(0, z_TC.shape[1] - 1)[:, None], torch.where(inside_T, by_logprob_T, 0.0)[:, None])
+    return torch.where(target_T[:, None] < 0, 0.0, d_TC.div_(temperature)).to(dtype)
