@@ -1,0 +1,124 @@
+"""Compiling, choosing between kernel and reference, and whether the emulator catches what it promises to catch."""
+
+import ctypes
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+
+from reasoner.kernels import build, dispatch, token_logprob, using
+
+REVERSE = """
+#include "device.cuh"
+// Reverses 64 numbers through shared memory; what stands at HERE keeps the halves of the block in step.
+KERNEL(64) reverse(const float* x, float* y) {
+    float* tile = reinterpret_cast<float*>(shared_memory());
+    tile[thread()] = x[thread()];
+    HERE
+    y[thread()] = tile[63 - thread()];
+}
+extern "C" int run(const float* x, float* y, void* stream) { return launch(reverse, {1}, 64, BYTES, stream, x, y); }
+"""
+
+
+def reverse(tmp_path, here, size=256, seed=0):
+    source = tmp_path / "reverse.cu"
+    source.write_text(REVERSE.replace("HERE", here).replace("BYTES", str(size)))
+    library = ctypes.CDLL(str(build.compile(source, build.EMULATOR, tmp_path)))
+    library.set_thread_order(seed)
+    x, y = torch.arange(64.0), torch.zeros(64)
+    dispatch.call(library, "run", x, x, y)
+    return torch.equal(y, x.flip(0))
+
+
+def test_missing_barrier_is_caught_under_every_thread_order(tmp_path):
+    for seed in range(4):
+        assert not reverse(tmp_path, "", seed=seed)
+    for seed in range(4):
+        assert reverse(tmp_path, "barrier();", seed=seed)
+
+
+def test_barrier_that_not_every_thread_reaches_is_reported_as_deadlock(tmp_path):
+    with pytest.raises(RuntimeError, match="deadlock in block .* of 64 threads wait"):
+        reverse(tmp_path, "if (thread() < 32) barrier(); else from_lane(thread() < 40 ? barrier(), 1 : 2, 0);")
+
+
+def test_write_past_shared_memory_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="past the 252 bytes"):
+        reverse(tmp_path, "barrier();", size=252)
+
+
+def test_misaligned_vector_access_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="misaligned vector load"):
+        reverse(tmp_path, "barrier(); load_vector<Four>(tile + 1);")
+
+
+def test_asynchronous_copy_is_not_there_before_it_was_waited_for(tmp_path):
+    copy = "barrier(); if (thread() < 16) copy_async(tile + 4 * thread(), x + 4 * (15 - thread())); copies_commit(); {} barrier();"
+    check = 'if (thread() == 0 && tile[0] == {}.0f) emulator::fail("seen");'
+    with pytest.raises(RuntimeError, match="seen"):  # not waited for: the 0 that was there before
+        reverse(tmp_path, copy.format("") + check.format(0))
+    with pytest.raises(RuntimeError, match="seen"):  # waited for: row 15 begins with 60
+        reverse(tmp_path, copy.format("copies_wait<0>();") + check.format(60))
+
+
+def test_same_source_is_compiled_once_and_a_changed_one_again(tmp_path):
+    source = tmp_path / "small.cu"
+    source.write_text('extern "C" int one() { return 1; }')
+    first = build.compile(source, build.EMULATOR, tmp_path)
+    stamp = first.stat().st_mtime_ns
+    assert build.compile(source, build.EMULATOR, tmp_path) == first and first.stat().st_mtime_ns == stamp
+    source.write_text('extern "C" int one() { return 2; }')
+    assert build.compile(source, build.EMULATOR, tmp_path) != first
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_source_that_does_not_compile_gives_the_compilers_words(tmp_path):
+    source = tmp_path / "bad.cu"
+    source.write_text("int f() { return missing; }")
+    with pytest.raises(RuntimeError, match="missing"):
+        build.compile(source, build.EMULATOR, tmp_path)
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="'fast'.*auto, reference, require, emulate"):
+        dispatch.set_mode("fast")
+
+
+def test_misfit_is_an_error_where_the_kernel_is_required():
+    x = torch.zeros(2, 8, dtype=torch.float64)
+    with using("emulate"), pytest.raises(ValueError, match="float64.*kernels=\"emulate\""):
+        token_logprob(x, torch.zeros(3, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+
+
+def test_misfit_is_said_once_and_the_reference_runs(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "target_of", lambda x: "sm_90a")
+    x = torch.zeros(2, 8, dtype=torch.float64)
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "reasoner.kernels"):
+        for _ in range(3):
+            token_logprob(x, torch.zeros(3, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+    assert len(caplog.records) == 1 and "float64" in caplog.text and "reference runs" in caplog.text
+
+
+def test_machine_without_compiler_says_so_once_and_uses_the_reference(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "target_of", lambda x: "sm_90a")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    build.load.cache_clear(), dispatch._load.cache_clear(), dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "reasoner.kernels"):
+        for _ in range(3):
+            token_logprob(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, dtype=torch.long))
+    assert [r.message for r in caplog.records] == ["head: no nvcc on the PATH; the PyTorch reference runs instead"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted(p.stem for p in build.SOURCES.glob("*.cu")))
+def test_nvcc_compiles_for_hopper_without_spills(source):
+    library = build.compile(build.SOURCES / f"{source}.cu", "sm_90a")
+    said = library.with_suffix(".log").read_text()
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    assert registers and max(registers) <= 255
+    assert spills and max(spills) == 0, said
