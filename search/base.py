@@ -10,9 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 Ending = Literal["stop", "length"]
+Offer = Literal["logprobs", "top", "arithmetic"]
+
+
+class Alternative(NamedTuple):
+    """A token that could have come at some position, and its log-probability there."""
+
+    id: int
+    logprob: float
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +33,16 @@ class Step:
     """
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of `ids`, under the policy that sampled them (nats); 0.0 where not sampled
+    logprobs: tuple[float, ...]  # of `ids`, under the policy that sampled them (nats); 0.0 where not sampled, NaN unknown
     text: str = ""
     sampled: bool = True  # False: written by the search or an environment, so never trained on
     versions: tuple[tuple[int, int, int], ...] = ()  # (policy version, start, end) spans over `ids`
+    top: tuple[tuple[Alternative, ...], ...] = ()  # likeliest first, per position, when `Sampling.top` asks for them
+    cached: int = 0  # tokens of the prefix whose KV the engine still had: what the ledger does not count as prefilled
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids but {len(self.logprobs)} logprobs"
+        assert len(self.top) in (0, len(self.ids)), f"{len(self.ids)} ids but alternatives at {len(self.top)} positions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,7 @@ class Trajectory:
     steps: tuple[Step, ...] = ()
     end: Ending | None = None  # "stop": ended by itself; "length": hit the limit (unfinished); None: may go on
     seed: int = 0
+    log_weight: float = 0.0  # of a path that was not drawn plainly (particles, without replacement); see `marginal`
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -96,17 +109,20 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 256  # of the whole response, over all its steps
     step: str = "\n"  # the delimiter that ends a step
+    arithmetic: bool = False  # the n children of one call are drawn from stratified codes (Vilnis et al. 2023)
+    top: int = 0  # alternatives to report at every position, the sampled token always among them; 0: none
 
 
 class Engine(Protocol):
     """Extends paths. vLLM in Ray actors, transformers in process, scripted, or the exact toy chain."""
 
     sampling: Sampling
+    offers: frozenset[Offer]  # what else it can give; a search that needs more says so before it starts
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
-        """`n` continuations of `path`, child i seeded by `derive(path.seed, i)`.
+        """`n` continuations of `path`, child i seeded by `derive(path.seed, i)`; fewer when a budget is spent.
 
-        Raises ValueError for a path that has ended.
+        The token that ends a path is part of it, with its logprob. Raises ValueError for a path that has ended.
         """
         ...
 
@@ -122,6 +138,11 @@ class Search(Protocol):
     """A way to spend compute on one task, written as if alone; the engine batches across tasks."""
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]: ...
+
+
+def again(path: Trajectory, turn: int) -> Trajectory:
+    """The same path with another seed, to draw further children of it: turn 0 draws the first ones."""
+    return path if turn == 0 else replace(path, seed=derive(path.seed, "again", turn))
 
 
 def derive(*parts: int | str) -> int:
