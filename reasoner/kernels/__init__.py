@@ -7,5 +7,6 @@
 
 from .dispatch import set_mode, using
 from .head import token_logprob
+from .router import route, sort_by_expert
 
-__all__ = ["set_mode", "token_logprob", "using"]
+__all__ = ["route", "set_mode", "sort_by_expert", "token_logprob", "using"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from . import build
 MODES = ("auto", "reference", "require", "emulate")
 DTYPES = (torch.float32, torch.bfloat16)  # what the kernels read and write
 
+_ops = torch.library.Library("reasoner", "DEF")
 _mode = "auto"
 _log = logging.getLogger("reasoner.kernels")
 
@@ -97,6 +98,21 @@ def _load(source: str, target: str) -> ctypes.CDLL:
 def dtype_misfit(*tensors: torch.Tensor) -> str | None:
     bad = next((t.dtype for t in tensors if t.dtype not in DTYPES), None)
     return None if bad is None else f"{bad} is not among {DTYPES}"
+
+
+def define(schema: str, run: Callable, fake: Callable) -> Callable:
+    """Make `run` the op reasoner::NAME of `schema` on CPU and GPU, `fake` its shape rule; returns the op."""
+    name = schema.split("(")[0]
+    _ops.define(schema)
+    for key in ("CPU", "CUDA"):
+        _ops.impl(name, run, key)
+    torch.library.register_fake(f"reasoner::{name}", fake, lib=_ops)
+    return getattr(torch.ops.reasoner, name)
+
+
+def differentiate(op: Callable, gradients: Callable, save: Callable) -> None:
+    """Give `op` its backward: `save(ctx, inputs, output)` in the forward, `gradients(ctx, *by_outputs)` after it."""
+    torch.library.register_autograd(op._qualified_op_name, gradients, setup_context=save, lib=_ops)
 
 
 def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:

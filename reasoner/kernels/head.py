@@ -15,15 +15,6 @@ from . import dispatch, reference
 # Logits held at once. On a GPU large enough for full-rate products; on a CPU small enough for the last-level cache.
 CHUNK_ELEMENTS = {"cuda": 48 << 20, "cpu": 4 << 20}
 
-_ops = torch.library.Library("reasoner", "FRAGMENT")
-_ops.define(
-    "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature) -> (Tensor logprob, Tensor entropy, Tensor lse)"
-)
-_ops.define(
-    "token_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor entropy, Tensor by_logprob, "
-    "Tensor by_entropy, float temperature) -> (Tensor, Tensor)"
-)
-
 
 def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of `target_T` (int64) under softmax(hidden @ weight.T / temperature), and the entropy of that
@@ -38,7 +29,7 @@ def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temper
         raise ValueError(f"target {tuple(target_T.shape)} for hidden {tuple(hidden_TH.shape)}: give one target per row")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: give a positive one (greedy has no log-probability)")
-    logprob_T, entropy_T, _ = torch.ops.reasoner.token_logprob(hidden_TH, weight_VH, target_T, float(temperature))
+    logprob_T, entropy_T, _ = _op(hidden_TH, weight_VH, target_T, float(temperature))
     return logprob_T, entropy_T
 
 
@@ -139,12 +130,18 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, by_logprob_T, by_entropy_T, _):
     saved = ctx.saved_tensors
-    return (*torch.ops.reasoner.token_logprob_backward(*saved, by_logprob_T, by_entropy_T, ctx.temperature), None, None)
+    return (*_op_backward(*saved, by_logprob_T, by_entropy_T, ctx.temperature), None, None)
 
 
-for _key in ("CPU", "CUDA"):
-    _ops.impl("token_logprob", _forward, _key)
-    _ops.impl("token_logprob_backward", _backward, _key)
-torch.library.register_fake("reasoner::token_logprob", _fake_forward, lib=_ops)
-torch.library.register_fake("reasoner::token_logprob_backward", _fake_backward, lib=_ops)
-torch.library.register_autograd("reasoner::token_logprob", _gradients, setup_context=_save, lib=_ops)
+_op = dispatch.define(
+    "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature) -> (Tensor logprob, Tensor entropy, Tensor lse)",
+    _forward,
+    _fake_forward,
+)
+_op_backward = dispatch.define(
+    "token_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor entropy, Tensor by_logprob, "
+    "Tensor by_entropy, float temperature) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+dispatch.differentiate(_op, _gradients, _save)

@@ -61,3 +61,38 @@ def head_gradient(
     inside_T = (target_T >= 0) & (column_T >= 0) & (column_T < z_TC.shape[1])
     d_TC.scatter_add_(1, column_T.clamp(0, z_TC.shape[1] - 1)[:, None], torch.where(inside_T, by_logprob_T, 0.0)[:, None])
     return torch.where(target_T[:, None] < 0, 0.0, d_TC.div_(temperature)).to(dtype)
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor, chosen: int, groups: int, open_groups: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2): weights and ids (T, K), the best first, ties to the lower id."""
+    scores_TE = logits_TE.sigmoid()
+    rank_TE = (scores_TE.detach() + bias_E).nan_to_num(nan=-torch.inf)
+    if groups > 1:
+        rank_TGe = rank_TE.unflatten(1, (groups, -1))
+        best_TG = rank_TGe.topk(min(2, rank_TGe.shape[2]), dim=-1).values.sum(-1)
+        opened_TG = best_TG.sort(dim=-1, descending=True, stable=True).indices[:, :open_groups]
+        closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, opened_TG, False)
+        rank_TE = rank_TGe.masked_fill(closed_TG[..., None], -torch.inf).flatten(1)
+    experts_TK = rank_TE.sort(dim=-1, descending=True, stable=True).indices[:, :chosen].contiguous()
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * scale, experts_TK
+
+
+def route_backward(logits_TE: Tensor, experts_TK: Tensor, by_weights_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+    s_TK = logits_TE.gather(1, experts_TK).sigmoid()
+    g_TK = by_weights_TK * scale
+    if normalise:
+        total_T1 = s_TK.sum(-1, keepdim=True) + 1e-20
+        g_TK = (g_TK - (g_TK * s_TK).sum(-1, keepdim=True) / total_T1) / total_T1
+    return torch.zeros_like(logits_TE).scatter(1, experts_TK, g_TK * s_TK * (1 - s_TK))
+
+
+def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat_A = experts_TK.flatten()
+    order_A = flat_A.argsort(stable=True)
+    place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    return order_A.int(), place_A.int(), torch.bincount(flat_A, minlength=experts).cumsum(0).int()

@@ -91,22 +91,25 @@ DEVICE unsigned lanes_where(bool condition) {
 DEVICE int count_bits(unsigned mask) { return __builtin_popcount(mask); }
 #endif
 
-DEVICE float warp_sum(float value) {
+template <class T> DEVICE T warp_sum(T value) {
     UNROLL for (int mask = 16; mask; mask >>= 1) value += from_lane_xor(value, mask);
     return value;
 }
 DEVICE float warp_max(float value) {
-    UNROLL for (int mask = 16; mask; mask >>= 1) { float other = from_lane_xor(value, mask); value = other > value ? other : value; }
+    UNROLL for (int mask = 16; mask; mask >>= 1) {
+        float other = from_lane_xor(value, mask);
+        value = other > value ? other : value;
+    }
     return value;
 }
 
-// The sum over a block, given to every thread. `scratch`: 33 floats of shared memory, free again after the next barrier.
-DEVICE float block_sum(float value, float* scratch) {
+// The sum over a block, given to every thread. `scratch`: 33 numbers of shared memory, free again after the next barrier.
+template <class T> DEVICE T block_sum(T value, T* scratch) {
     value = warp_sum(value);
     if (lane() == 0) scratch[warp()] = value;
     barrier();
     if (warp() == 0) {
-        value = warp_sum(lane() < threads() / 32 ? scratch[lane()] : 0.0f);
+        value = warp_sum(lane() < threads() / 32 ? scratch[lane()] : T(0));
         if (lane() == 0) scratch[32] = value;
     }
     barrier();
@@ -174,6 +177,36 @@ template <class V> DEVICE void store_vector(void* to, V value) {
     if (reinterpret_cast<uintptr_t>(to) % sizeof(V)) emulator::fail("misaligned vector store");
 #endif
     *static_cast<V*>(to) = value;
+}
+
+// Eight neighbours as floats, of which `count` exist; `vectors`: the address is a multiple of 16 bytes and all eight exist.
+template <class T> DEVICE void load_eight(const T* from, float (&out)[8], int count, bool vectors) {
+    if (vectors && count >= 8) {
+        if constexpr (sizeof(T) == 2) {
+            Eight eight = load_vector<Eight>(from);
+            UNROLL for (int j = 0; j < 8; ++j) out[j] = to_float(eight.at[j]);
+        } else {
+            Four low = load_vector<Four>(from), high = load_vector<Four>(from + 4);
+            UNROLL for (int j = 0; j < 4; ++j) out[j] = low.at[j], out[j + 4] = high.at[j];
+        }
+    } else {
+        UNROLL for (int j = 0; j < 8; ++j) out[j] = j < count ? to_float(from[j]) : 0.0f;
+    }
+}
+template <class T> DEVICE void store_eight(T* to, const float (&values)[8], int count, bool vectors) {
+    if (vectors && count >= 8) {
+        if constexpr (sizeof(T) == 2) {
+            Eight eight;
+            UNROLL for (int j = 0; j < 8; ++j) eight.at[j] = from_float<bf16>(values[j]);
+            store_vector(to, eight);
+        } else {
+            Four low, high;
+            UNROLL for (int j = 0; j < 4; ++j) low.at[j] = values[j], high.at[j] = values[j + 4];
+            store_vector(to, low), store_vector(to + 4, high);
+        }
+    } else {
+        UNROLL for (int j = 0; j < 8; ++j) if (j < count) to[j] = from_float<T>(values[j]);
+    }
 }
 
 // 16 bytes from global to shared memory, visible after copies_wait and a barrier. `from` null: zeros.
