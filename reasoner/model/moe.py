@@ -78,44 +78,43 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        chosen = experts_TK.shape[1]
         order_A = experts_TK.flatten().argsort(stable=True)
-        place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        tokens_A = order_A // experts_TK.shape[1]
+        places_TK = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        places_TK = places_TK.view_as(experts_TK)
         ends_E = torch.bincount(experts_TK.flatten(), minlength=len(self.down_proj)).cumsum(0).int()
-        x_AD = Sort.apply(x_TD, order_A, place_A, chosen)
+        x_AD = Spread.apply(x_TD, tokens_A, places_TK)
         gate_AI, up_AI = F.grouped_mm(x_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        y_AD = F.grouped_mm(F.silu(gate_AI) * up_AI, self.down_proj.transpose(1, 2), offs=ends_E)
-        y_TKD = Unsort.apply(y_AD, order_A, place_A).unflatten(0, (-1, chosen))
-        return (weights_TK.to(x_TD.dtype)[:, None] @ y_TKD)[:, 0]
+        # Weighted before the last product: I columns instead of D, and its result need not be kept for the backward pass.
+        inner_AI = F.silu(gate_AI) * up_AI * weights_TK.flatten()[order_A, None]
+        y_AD = F.grouped_mm(inner_AI.to(x_TD.dtype), self.down_proj.transpose(1, 2), offs=ends_E)
+        return Gather.apply(y_AD, tokens_A, places_TK)
 
 
-class Sort(torch.autograd.Function):
-    """Copies each token to its K places. Both directions are gathers; autograd's own backward would scatter with atomics."""
-
-    @staticmethod
-    def forward(ctx, x_TD, order_A, place_A, chosen):
-        ctx.save_for_backward(place_A)
-        ctx.chosen = chosen
-        return x_TD.index_select(0, order_A // chosen)
+class Spread(torch.autograd.Function):
+    """Copies each token to its K places in the order of experts. The transpose of `Gather`: autograd alone would scatter."""
 
     @staticmethod
-    def backward(ctx, grad_AD):
-        (place_A,) = ctx.saved_tensors
-        return grad_AD.index_select(0, place_A).unflatten(0, (-1, ctx.chosen)).sum(1), None, None, None
-
-
-class Unsort(torch.autograd.Function):
-    """Back to the order of tokens: a permutation, so its backward is the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx, y_AD, order_A, place_A):
-        ctx.save_for_backward(order_A)
-        return y_AD.index_select(0, place_A)
+    def forward(ctx, x_TD, tokens_A, places_TK):
+        ctx.save_for_backward(places_TK)
+        return x_TD.index_select(0, tokens_A)
 
     @staticmethod
     def backward(ctx, grad_AD):
-        (order_A,) = ctx.saved_tensors
-        return grad_AD.index_select(0, order_A), None, None
+        return F.embedding_bag(ctx.saved_tensors[0], grad_AD, mode="sum"), None, None
+
+
+class Gather(torch.autograd.Function):
+    """Sums what the K experts of each token answered, without a (T, K, D) tensor."""
+
+    @staticmethod
+    def forward(ctx, y_AD, tokens_A, places_TK):
+        ctx.save_for_backward(tokens_A)
+        return F.embedding_bag(places_TK, y_AD, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class MoE(nn.Module):

@@ -1,0 +1,128 @@
+"""The router, its balancing bias and the grouped experts, against plain loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, balance
+from reasoner.model.moe import MoE
+
+
+def layer(seed: int = 0, **changes) -> MoE:
+    torch.manual_seed(seed)
+    moe = MoE(ReasonerConfig.small(vocab_size=8, hidden_size=64, **changes))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def by_loop(moe: MoE, x, weights, experts):
+    rows = []
+    for token, ws, es in zip(x, weights, experts, strict=True):
+        total = moe.shared_experts(token[None])[0]
+        for weight, expert in zip(ws, es, strict=True):
+            gate, up = (moe.experts.gate_up_proj[expert] @ token).chunk(2)
+            total = total + weight * (moe.experts.down_proj[expert] @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_grouped_experts_equal_a_loop_over_tokens(count):
+    moe = layer()
+    x = torch.randn(count, 64, requires_grad=True)
+    weights, experts = moe.gate(x)
+    wanted = by_loop(moe, x, weights, experts)
+    got, used = moe(x)
+    assert torch.equal(used.sort(1).values, experts.sort(1).values)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    inputs = [x, *moe.parameters()]
+    for a, b in zip(torch.autograd.grad(got.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_bias_decides_who_is_chosen_but_not_how_much_they_count():
+    moe = layer()
+    x = torch.randn(20, 64)
+    moe.gate.e_score_correction_bias[:8] = 10
+    weights, experts = moe.gate(x)
+    assert torch.equal(experts.sort(1).values, torch.arange(8).expand(20, 8))
+    scores = F.linear(x, moe.gate.weight).sigmoid().gather(1, experts)
+    torch.testing.assert_close(weights, scores / scores.sum(1, keepdim=True))
+
+
+def test_experts_come_only_from_the_best_groups():
+    moe = layer(n_group=4, topk_group=1)
+    _, experts = moe.gate(torch.randn(50, 64))
+    groups = experts // 8
+    assert (groups == groups[:, :1]).all()
+    assert len(groups[:, 0].unique()) > 1
+
+
+def test_weights_are_scaled_and_normalised_as_configured():
+    x = torch.randn(20, 64)
+    weights, _ = layer(routed_scaling_factor=2.5).gate(x)
+    torch.testing.assert_close(weights.sum(1), torch.full((20,), 2.5))
+    plain, experts = (moe := layer(norm_topk_prob=False, routed_scaling_factor=2.0)).gate(x)
+    torch.testing.assert_close(plain, 2 * F.linear(x, moe.gate.weight).sigmoid().gather(1, experts))
+
+
+def test_recorded_experts_are_used_and_their_weights_still_learn():
+    moe = layer()
+    recorded = torch.rand(20, 32).topk(8).indices
+    weights, experts = moe.gate(torch.randn(20, 64), recorded)
+    assert torch.equal(experts, recorded)
+    weights.square().sum().backward()
+    assert moe.gate.weight.grad.abs().sum() > 0
+
+
+def test_router_bias_stays_float32_in_a_bfloat16_model():
+    model = ReasonerForCausalLM(ReasonerConfig.small(vocab_size=8, num_hidden_layers=2))
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias += 1.001
+    model.to(torch.bfloat16)
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert (gate.e_score_correction_bias == torch.tensor(1.001)).all()
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def model_with_favourites() -> ReasonerForCausalLM:
+    torch.manual_seed(0)
+    model = ReasonerForCausalLM(ReasonerConfig.small(vocab_size=32, num_hidden_layers=2)).train()
+    torch.nn.init.normal_(model.model.layers[1].mlp.gate.weight, std=0.5)
+    return model
+
+
+def imbalance(model: ReasonerForCausalLM, ids: torch.Tensor) -> float:
+    """Load of the busiest expert over the mean; forgets the counts."""
+    moe = model.model.layers[1].mlp
+    moe.load_E = None
+    model(ids)
+    load = moe.load_E.float()
+    moe.load_E = None
+    return (load.max() / load.mean()).item()
+
+
+def test_balancing_evens_the_load_and_keeps_the_mean_bias_at_zero():
+    model = model_with_favourites()
+    ids = torch.randint(3, 32, (16, 32))
+    before = imbalance(model, ids)
+    for _ in range(60):
+        model(ids)
+        balance(model, 0.02)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert abs(bias.mean()) < 1e-5 < bias.abs().max()
+    assert before > 1.8 and imbalance(model, ids) < 1 + 0.5 * (before - 1)
+
+
+def test_biases_stand_still_without_balance_and_without_training_forwards():
+    model = model_with_favourites()
+    ids = torch.randint(3, 32, (4, 8))
+    with torch.no_grad():
+        model(ids)  # scoring old log-probabilities in the midst of training
+    model.eval()(ids)
+    balance(model, 0.1)
+    model.train()(ids)
+    assert model.model.layers[1].mlp.load_E.sum() == 4 * 8 * 8
+    assert not model.model.layers[1].mlp.gate.e_score_correction_bias.any()
