@@ -7,6 +7,8 @@
 
 from .dispatch import set_mode, using
 from .head import token_logprob
+from .norm import rms_norm, write_latent
 from .router import route, sort_by_expert
+from .swiglu import swiglu
 
-__all__ = ["route", "set_mode", "sort_by_expert", "token_logprob", "using"]
+__all__ = ["rms_norm", "route", "set_mode", "sort_by_expert", "swiglu", "token_logprob", "using", "write_latent"]

@@ -115,16 +115,31 @@ def differentiate(op: Callable, gradients: Callable, save: Callable) -> None:
     torch.library.register_autograd(op._qualified_op_name, gradients, setup_context=save, lib=_ops)
 
 
-def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """`x` as the kernels read it: without gaps, at an address that vector loads accept."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+class Strided:
+    """A tensor given by its address alone, because the kernel takes its strides as further arguments."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def _argument(value: torch.Tensor | Strided | int | float | None) -> ctypes._SimpleCData:
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous(), f"a kernel needs contiguous memory, got strides {value.stride()}"
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, Strided):
+        return ctypes.c_void_p(value.tensor.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value)
 
 
-def call(library: ctypes.CDLL, name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | None) -> None:
+def call(library: ctypes.CDLL, name: str, x: torch.Tensor, *arguments: torch.Tensor | Strided | int | float | None) -> None:
     """Run `name` of `library` on the current stream of the device of `x`. Raises RuntimeError with the device's words."""
     function = getattr(library, name)
     converted = [_argument(a) for a in arguments]

@@ -61,7 +61,7 @@ def _forward(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature
     state_4T = torch.zeros(4, tokens, dtype=dtype, device=hidden_TH.device)
     state_4T[0] = -torch.inf
     state_4T[3] = torch.nan  # stays if no chunk holds the target
-    target_T = target_T.contiguous()
+    target_T = dispatch.packed(target_T)
     chunks = _chunks(hidden_TH, weight_VH.shape[0])
     for start in chunks if tokens else ():
         z_TC = _matmul(hidden_TH, weight_VH[start : start + chunks.step].T)
@@ -88,7 +88,7 @@ def _backward(
     tokens = hidden_TH.shape[0]
     d_hidden_TH = torch.zeros_like(reference.wide(hidden_TH))
     d_weight_VH = torch.zeros_like(weight_VH) if not tokens else torch.empty_like(weight_VH)
-    target_T, by_logprob_T, by_entropy_T = target_T.contiguous(), by_logprob_T.contiguous(), by_entropy_T.contiguous()
+    target_T, by_logprob_T, by_entropy_T = dispatch.packed(target_T), dispatch.packed(by_logprob_T), dispatch.packed(by_entropy_T)
     chunks = _chunks(hidden_TH, weight_VH.shape[0])
     for start in chunks if tokens else ():
         weight_CH = weight_VH[start : start + chunks.step]

@@ -96,3 +96,43 @@ def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     order_A = flat_A.argsort(stable=True)
     place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
     return order_A.int(), place_A.int(), torch.bincount(flat_A, minlength=experts).cumsum(0).int()
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and 1 / rms; rounded to the type of x before the weight, as transformers does."""
+    rstd_T1 = (wide(x_TH).square().mean(-1, keepdim=True) + eps).rsqrt()
+    return weight_H * (wide(x_TH) * rstd_T1).to(x_TH.dtype), rstd_T1[:, 0]
+
+
+def rms_norm_backward(x_TH: Tensor, weight_H: Tensor, rstd_T: Tensor, by_y_TH: Tensor) -> tuple[Tensor, Tensor]:
+    normal_TH, by_TH = wide(x_TH) * rstd_T[:, None], wide(by_y_TH)
+    by_normal_TH = by_TH * weight_H
+    d_x_TH = rstd_T[:, None] * (by_normal_TH - normal_TH * (by_normal_TH * normal_TH).mean(-1, keepdim=True))
+    return d_x_TH.to(x_TH.dtype), (by_TH * normal_TH).sum(0).to(weight_H.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (0, 1), (2, 3), ...; stored as firsts, then seconds."""
+    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
+def write_latent(
+    kv_TD: Tensor, weight_R: Tensor, q_TNP: Tensor, cos: Tensor, sin: Tensor, slots_T: Tensor, cache: Tensor, eps: float
+) -> Tensor:
+    latent = weight_R.shape[0]
+    row_TD = torch.cat((rms_norm(kv_TD[:, :latent], weight_R, eps)[0], rotate(kv_TD[:, latent:], cos, sin)), dim=-1)
+    kept = slots_T >= 0
+    cache.view(-1, cache.shape[-1])[slots_T[kept]] = row_TD[kept].to(cache.dtype)
+    return rotate(q_TNP, cos[:, None], sin[:, None])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_backward(gate_up: Tensor, by_y: Tensor) -> Tensor:
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    s, by = gate.sigmoid(), wide(by_y)
+    return torch.cat((by * up * s * (1 + gate * (1 - s)), by * gate * s), dim=-1).to(gate_up.dtype)

@@ -53,7 +53,7 @@ def _run(logits_TE, bias_E, chosen, groups, open_groups, normalise, scale):
     weights_TK = torch.empty(tokens, chosen, dtype=torch.float32, device=logits_TE.device)
     load_E = torch.zeros(experts, dtype=torch.int32, device=logits_TE.device)
     dispatch.call(
-        library, "router_route", logits_TE, logits_TE.contiguous(), bias_E.contiguous(), experts_TK, weights_TK, load_E, tokens,
+        library, "router_route", logits_TE, dispatch.packed(logits_TE), dispatch.packed(bias_E), experts_TK, weights_TK, load_E, tokens,
         experts, chosen, groups, open_groups, int(normalise), scale,
     )  # fmt: skip
     return weights_TK, experts_TK, load_E
@@ -66,7 +66,7 @@ def _run_backward(logits_TE, experts_TK, by_weights_TK, normalise, scale):
         return reference.route_backward(logits_TE, experts_TK, by_weights_TK, normalise, scale)
     d_logits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     dispatch.call(
-        library, "router_gradient", logits_TE, logits_TE.contiguous(), experts_TK, by_weights_TK.contiguous(), d_logits_TE, tokens,
+        library, "router_gradient", logits_TE, dispatch.packed(logits_TE), experts_TK, dispatch.packed(by_weights_TK), d_logits_TE, tokens,
         experts, chosen, int(normalise), scale,
     )  # fmt: skip
     return d_logits_TE
@@ -79,7 +79,7 @@ def _run_sort(experts_TK, experts):
     order_A, place_A = (torch.empty(experts_TK.numel(), dtype=torch.int32, device=experts_TK.device) for _ in range(2))
     ends_E = torch.empty(experts, dtype=torch.int32, device=experts_TK.device)
     dispatch.call(
-        library, "router_sort", experts_TK, experts_TK.contiguous(), order_A, place_A, ends_E, experts_TK.numel(), experts
+        library, "router_sort", experts_TK, dispatch.packed(experts_TK), order_A, place_A, ends_E, experts_TK.numel(), experts
     )
     return order_A, place_A, ends_E
 
