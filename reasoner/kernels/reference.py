@@ -136,3 +136,16 @@ def swiglu_backward(gate_up: Tensor, by_y: Tensor) -> Tensor:
     gate, up = wide(gate_up).chunk(2, dim=-1)
     s, by = gate.sigmoid(), wide(by_y)
     return torch.cat((by * up * s * (1 + gate * (1 - s)), by * gate * s), dim=-1).to(gate_up.dtype)
+
+
+def latent_decode(q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Tensor:
+    """Absorbed MLA attention (DeepSeek-V2, arXiv:2405.04434) over each sequence's pages."""
+    queries, tokens = q_BSND.shape[1], table_BX.shape[1] * cache.shape[1]
+    rows_BLD = wide(cache[table_BX.clamp(0, cache.shape[0] - 1).long()]).flatten(1, 2)
+    place_L = torch.arange(tokens, device=cache.device)
+    limit_BS = lengths_B[:, None] - queries + 1 + torch.arange(queries, device=cache.device)
+    rows_BLD = torch.where((place_L < lengths_B[:, None])[..., None], rows_BLD, 0.0)  # what lies behind may be anything
+    scores_BSNL = torch.einsum("bsnd,bld->bsnl", wide(q_BSND), rows_BLD) * scale
+    scores_BSNL = scores_BSNL.masked_fill((place_L >= limit_BS[..., None])[:, :, None], -torch.inf)
+    p_BSNL = torch.where((limit_BS > 0)[:, :, None, None], scores_BSNL.softmax(-1), 0.0)
+    return torch.einsum("bsnl,bld->bsnd", p_BSNL, rows_BLD[..., :latent]).to(q_BSND.dtype)

@@ -29,6 +29,7 @@ DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int block_z() { return blockIdx.z; }
 DEVICE int blocks_x() { return gridDim.x; }
+DEVICE int blocks_y() { return gridDim.y; }
 DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];
     return memory;
@@ -40,6 +41,7 @@ DEVICE int block_x() { return emulator::machine.block.x; }
 DEVICE int block_y() { return emulator::machine.block.y; }
 DEVICE int block_z() { return emulator::machine.block.z; }
 DEVICE int blocks_x() { return emulator::machine.grid.x; }
+DEVICE int blocks_y() { return emulator::machine.grid.y; }
 DEVICE unsigned char* shared_memory() { return emulator::machine.shared_start; }
 #endif
 DEVICE int lane() { return thread() % 32; }
@@ -213,11 +215,8 @@ template <class T> DEVICE void store_eight(T* to, const float (&values)[8], int 
 DEVICE void copy_async(void* to_shared, const void* from) {
 #ifdef __CUDACC__
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-    int bytes = from ? 16 : 0;
-    const void* source = from ? from : to_shared;  // never read when bytes is 0
-    if (from) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+    if (from) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
     else store_vector(to_shared, uint4{0, 0, 0, 0});
-    (void)bytes;
 #else
     if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("misaligned copy");
     emulator::copy_later(to_shared, from, 16);
