@@ -63,7 +63,7 @@ class Code:
         reference = task.reference
         _check(task)
         program = extract(response, reference.get("entry_point"))
-        sandbox = _sandbox(self.isolation)
+        sandbox = shared_sandbox(self.isolation)
         evidence = {"policy": asdict(self), "isolation": sandbox.level}
         if program is None:
             return Verdict("scored", 0.0, False, why="no program in the response", evidence=evidence)
@@ -132,7 +132,7 @@ class Code:
 
     def check(self, task: Task) -> None:
         _check(task)
-        _sandbox(self.isolation).level  # raises where the machine offers none
+        shared_sandbox(self.isolation).level  # raises where the machine offers none
 
     def answer(self, response: str) -> str | None:
         """The program, without comments and layout; None when there is none that parses."""
@@ -147,7 +147,7 @@ class Code:
 
 
 @cache
-def _sandbox(isolation: str) -> Sandbox:
+def shared_sandbox(isolation: str) -> Sandbox:
     """One per process: a worker judges one program at a time."""
     return Sandbox(isolation)
 
