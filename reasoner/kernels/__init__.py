@@ -7,9 +7,10 @@
 
 from .decode import latent_decode
 from .dispatch import set_mode, using
+from .experts import moe_experts
 from .head import token_logprob
 from .norm import rms_norm, write_latent
 from .router import route, sort_by_expert
 from .swiglu import swiglu
 
-__all__ = ["latent_decode", "rms_norm", "route", "set_mode", "sort_by_expert", "swiglu", "token_logprob", "using", "write_latent"]
+__all__ = ["latent_decode", "moe_experts", "rms_norm", "route", "set_mode", "sort_by_expert", "swiglu", "token_logprob", "using", "write_latent"]

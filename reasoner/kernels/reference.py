@@ -149,3 +149,30 @@ def latent_decode(q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Te
     scores_BSNL = scores_BSNL.masked_fill((place_L >= limit_BS[..., None])[:, :, None], -torch.inf)
     p_BSNL = torch.where((limit_BS > 0)[:, :, None, None], scores_BSNL.softmax(-1), 0.0)
     return torch.einsum("bsnl,bld->bsnd", p_BSNL, rows_BLD[..., :latent]).to(q_BSND.dtype)
+
+
+def moe_experts(x_TH: Tensor, weights_TK: Tensor, order_A: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Tokens sorted by expert, two grouped products with SwiGLU between them, and each token's weighted sum."""
+    chosen = weights_TK.shape[1]
+    place_A = torch.empty_like(order_A, dtype=torch.int64)
+    place_A[order_A.long()] = torch.arange(len(order_A), device=order_A.device)
+    pre_A2I = grouped(x_TH[(order_A // chosen).long()], gate_up, ends_E)
+    y_AH = grouped(swiglu(pre_A2I), down, ends_E)[place_A]
+    return torch.einsum("tk,tkh->th", wide(weights_TK), wide(y_AH).unflatten(0, (-1, chosen))).to(x_TH.dtype)
+
+
+def grouped(x_AK: Tensor, matrices_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """Row a times the matrix of its expert."""
+    if x_AK.shape[0] and x_AK.dtype != torch.float64 and x_AK.shape[1] % 8 == 0 and matrices_ENK.shape[1] % 8 == 0:
+        return F.grouped_mm(x_AK, matrices_ENK.transpose(1, 2), offs=ends_E)
+    parts = x_AK.tensor_split(ends_E[:-1].tolist())
+    return torch.cat([part @ matrix.T for part, matrix in zip(parts, matrices_ENK, strict=True)])
+
+
+def moe_experts_backward(
+    x_TH: Tensor, weights_TK: Tensor, order_A: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor, by_y_TH: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = [t.detach().requires_grad_() for t in (x_TH, weights_TK, gate_up, down)]
+    with torch.enable_grad():
+        y_TH = moe_experts(inputs[0], inputs[1], order_A, ends_E, *inputs[2:])
+    return torch.autograd.grad(y_TH, inputs, by_y_TH)

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -122,3 +123,10 @@ def test_nvcc_compiles_for_hopper_without_spills(source):
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
     assert registers and max(registers) <= 255
     assert spills and max(spills) == 0, said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("cuobjdump") is None, reason="no CUDA toolkit")
+@pytest.mark.parametrize(("source", "instruction"), [("decode", "HMMA"), ("experts", "HMMA"), ("experts", "LDGSTS")])
+def test_tensor_cores_and_asynchronous_copies_are_in_the_machine_code(source, instruction):
+    library = build.compile(build.SOURCES / f"{source}.cu", "sm_90a")
+    assert instruction in subprocess.run(["cuobjdump", "-sass", str(library)], capture_output=True, text=True).stdout
