@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 Ending = Literal["stop", "length"]
-Offer = Literal["logprobs", "top", "arithmetic"]
+Offer = Literal["logprobs", "top", "arithmetic", "write"]
 
 
 class Alternative(NamedTuple):
@@ -22,6 +22,7 @@ class Alternative(NamedTuple):
     id: int
     logprob: float
     text: str
+    ends: bool = False  # whether this token would end the path
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Trajectory:
     steps: tuple[Step, ...] = ()
     end: Ending | None = None  # "stop": ended by itself; "length": hit the limit (unfinished); None: may go on
     seed: int = 0
+    value: float | None = None  # what the search's scorer said of it
     log_weight: float = 0.0  # of a path that was not drawn plainly (particles, without replacement); see `marginal`
 
     @property
@@ -68,6 +70,11 @@ class Trajectory:
     def text(self) -> str:
         """The response, without the prompt."""
         return "".join(step.text for step in self.steps)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the response, sampled or not: what `Sampling.max_tokens` limits."""
+        return sum(len(step.ids) for step in self.steps)
 
     @property
     def sampled_tokens(self) -> int:
@@ -130,14 +137,70 @@ class Engine(Protocol):
         """The same engine with other sampling settings, e.g. `engine.at(temperature=0.0)`."""
         ...
 
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        """The path, open again, with `text` added by the search as a step that is not sampled (offer "write").
+
+        A path that had stopped loses the token that ended it. turn: the text is the user's next message, put in the
+        model's chat format; otherwise the response goes on with it.
+        """
+        ...
+
 
 Score = Callable[[Trajectory], Awaitable[float]]  # bound by the caller: a search never sees the reference answer
 
 
 class Search(Protocol):
-    """A way to spend compute on one task, written as if alone; the engine batches across tasks."""
+    """A way to spend compute on one task, written as if alone; the engine batches across tasks.
+
+    `method` names the estimator in `marginal` that picks the answer among the paths it returns.
+    """
+
+    method: ClassVar[str]
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        """Raise ValueError when a knob is wrong, or when the engine or scorer lacks what this search needs."""
+        ...
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]: ...
+
+
+def granularity(until: str | int) -> Until:
+    """A search's `until` as configs write it: "end", "step", or a number of tokens."""
+    if isinstance(until, int):
+        return TOKENS(until)
+    if until not in ("end", "step"):
+        raise ValueError(f"until={until!r}: write 'end', 'step', or a number of tokens")
+    return END if until == "end" else STEP
+
+
+def require(
+    search: object,
+    engine: Engine,
+    score: Score | None,
+    *,
+    judged: bool = False,
+    until: str | int = "end",
+    offers: tuple[Offer, ...] = (),
+    **positive: float,
+) -> None:
+    """What a search's `check` is made of: each need that is not met is a ValueError that says what to do."""
+    kind = type(search).__name__
+    for knob, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{kind}: {knob}={value} must be positive")
+    if judged and score is None:
+        raise ValueError(f"{kind} needs a score and has none: bind a verifier or a process reward model to it")
+    if granularity(until) == STEP and not engine.sampling.step:
+        raise ValueError(f"{kind} searches by steps but sampling.step is empty: set the delimiter, e.g. '\\n'")
+    for offer in offers:
+        if offer not in getattr(engine, "offers", ("logprobs",)):
+            raise ValueError(f"{kind} needs an engine that offers {offer!r}; {type(engine).__name__} does not")
+
+
+def bind(search: Search, answer: Callable[[str], str | None], equal: Callable[[str, str], bool] | None) -> Search:
+    """The search with the task's own reading of answers, if it looks at answers at all (like the score, no knob)."""
+    fields = {"answer": answer, "equal": equal}
+    return replace(search, **{name: value for name, value in fields.items() if hasattr(search, name)})
 
 
 def again(path: Trajectory, turn: int) -> Trajectory:

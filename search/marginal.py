@@ -114,8 +114,19 @@ def weighted(d: Draws) -> Masses:
         return _weighted(d, np.log(d.weights), True)
 
 
+def best(d: Draws) -> Masses:
+    """All mass on the finished path that the scorer likes most, shared on a tie: best-of-n as an estimator."""
+    assert d.weights is not None
+    finished = np.flatnonzero(d.labels < d.classes)
+    rows = finished if len(finished) else np.arange(len(d.labels))
+    rows = rows[d.weights[rows] == d.weights[rows].max()]
+    return d.sums(np.full(len(rows), 1 / len(rows)), rows), np.zeros(d.classes + 1), float(len(rows))
+
+
 def _weighted(d: Draws, log_w: np.ndarray, normalise: bool) -> Masses:
     n, shift = len(log_w), float(log_w.max())
+    if shift == -math.inf:  # every particle died
+        return np.zeros(d.classes + 1), np.zeros(d.classes + 1), 0.0
     w = np.exp(log_w - shift)
     ess = float(w.sum() ** 2 / (w**2).sum())
     if normalise:
@@ -201,9 +212,11 @@ METHODS: dict[str, Callable[[Draws], Masses]] = {
     "particle": particle,
     "prm": weighted,
     "weighted": weighted,
+    "best": best,
     "distinct_sum": distinct_sum,
 }
 _LOGPROBS = {"importance", "horvitz_thompson", "gumbel", "distinct_sum"}
+_SCORED = {"prm", "weighted", "best"}
 
 
 # -- the public face ------------------------------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def estimate(
 
     equal: whether two answers are the same, asked both ways (default: equal text). answer: finds the answer in a
     response, or one answer per path. target: log p of each path under the model whose marginal is wanted, where it is
-    not the one sampled from. weights: scores in [0, inf) for "prm". slots: for "rao_blackwell", the probability of
+    not the one sampled from. weights: scores for "prm" and "best" (default: the `value` of each path). slots: for "rao_blackwell", the probability of
     each answer given the path's reasoning (default: read from `Step.top`). sampling: how the paths were drawn, so
     that a tempered marginal is called one. normalise: masses that sum to 1, with less variance and a little bias.
     Raises ValueError when the paths lack what the method needs.
@@ -361,6 +374,8 @@ def _draws(
     slots: Sequence[Mapping[str, float]] | None,
     normalise: bool,
 ) -> tuple[Draws, list[str], list[int], str]:
+    if weights is None and method in _SCORED and all(path.value is not None for path in paths):
+        weights = [path.value for path in paths]
     _check(paths, method, target, weights)
     found = [answer(path.text) for path in paths] if callable(answer) else list(answer)
     if len(found) != len(paths):
@@ -406,10 +421,12 @@ def _check(paths: Sequence[Trajectory], method: str, target: Floats | None, weig
     for name, values in (("target", target), ("weights", weights)):
         if values is not None and len(values) != len(paths):
             raise ValueError(f"{len(values)} values of {name} for {len(paths)} paths: give one for each")
-    if method in ("prm", "weighted") and weights is None:
-        raise ValueError(f"method={method!r} needs weights=, one score per path")
-    if weights is not None and not all(w >= 0 and math.isfinite(w) for w in weights):
-        raise ValueError(f"weights span {min(weights)} to {max(weights)} or hold NaN: they must be finite and at least 0")
+    if method in _SCORED and weights is None:
+        raise ValueError(f"method={method!r} needs weights=, one score per path, or paths of a search that scores them")
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise ValueError("weights hold NaN or infinity: leave paths out that the scorer could not judge")
+    if weights is not None and method != "best" and min(weights) < 0:
+        raise ValueError(f"weights go down to {min(weights)}: votes need weights of at least 0")
     if target is not None and any(math.isnan(t) or t > 1e-3 for t in target):
         raise ValueError("target holds NaN or a positive log-probability: give log p of each path in nats")
     if method in _LOGPROBS:
@@ -464,8 +481,8 @@ def _proven(low: np.ndarray, unseen: float) -> int | None:
 def _interval(
     method: str, mass: float, error: float, n: int, proven: tuple[float, float], unseen: float, own_model: bool
 ) -> tuple[float, float]:
-    low, high = proven if own_model and method not in ("prm", "weighted") else (0.0, 1.0)
-    if method == "distinct_sum" or n == 1:
+    low, high = proven if own_model and method not in _SCORED else (0.0, 1.0)
+    if method in ("distinct_sum", "best") or n == 1:
         return float(low), float(high)
     z = student_quantile(0.975, n - 1)
     if method == "vote":
@@ -480,7 +497,7 @@ def _interval(
 
 def _caveats(method: str, sampling: Sampling | None, target: Floats | None, d: Draws) -> list[str]:
     notes = []
-    if method in ("prm", "weighted"):
+    if method in _SCORED:
         notes.append("weighted by a scorer: a support score, not a mass under the model")
     if method == "distinct_sum":
         notes.append("a lower bound, biased towards likely paths: trust it only when certified")

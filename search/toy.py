@@ -105,12 +105,16 @@ class ChainEngine:
         if self.sampling.arithmetic:
             shift = random.Random(derive(path.seed, "codes")).random()
             codes = [(i / n + shift) % 1 for i in range(n)]
-        return [self._grow(path, derive(path.seed, i), codes[i], until) for i in range(n)]
+        return [self._grow(path, i, codes[i], until) for i in range(n)]
 
-    def _grow(self, path: Trajectory, seed: int, code: float | None, until: Until) -> Trajectory:
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        raise ValueError("the toy chain has no tokenizer: it cannot write text into a path")
+
+    def _grow(self, path: Trajectory, child: int, code: float | None, until: Until) -> Trajectory:
+        seed = derive(path.seed, child)
         draw = random.Random(seed).random
         last = path.ids[-1]
-        room = self.sampling.max_tokens - sum(len(step.ids) for step in path.steps)
+        room = self.sampling.max_tokens - path.length
         limit = min(room, until.tokens) if until.kind == "tokens" else room
         ids: list[int] = []
         logprobs: list[float] = []
@@ -137,12 +141,14 @@ class ChainEngine:
         if end is None and len(ids) == room:
             end = "length"
         text = "".join(self.chain.vocabulary[i] for i in ids)
-        return path.grow(Step(tuple(ids), tuple(logprobs), text, top=tuple(top)), end=end, seed=seed)
+        cached = len(path.ids) - 1 if path.steps or child else 0  # as a perfect prefix cache would have it
+        return path.grow(Step(tuple(ids), tuple(logprobs), text, top=tuple(top), cached=cached), end=end, seed=seed)
 
     def _top(self, law: tuple[tuple[int, float], ...], token: int, p: float) -> tuple[Alternative, ...]:
         chosen = law[: self.sampling.top]
         chosen = chosen if (token, p) in chosen else (*chosen, (token, p))
-        return tuple(Alternative(i, math.log(q), self.chain.vocabulary[i]) for i, q in chosen)
+        words = self.chain.vocabulary
+        return tuple(Alternative(i, math.log(q), words[i], i == self.chain.end) for i, q in chosen)
 
     @cached_property
     def _laws(self) -> list[tuple[tuple[tuple[int, float], ...], list[float]]]:

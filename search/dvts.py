@@ -1,0 +1,39 @@
+"""Diverse verifier tree search: independent beams of width 1, so that one good-looking start cannot take over.
+
+Neighbour: `beam`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from search.base import Engine, Score, Trajectory, again, granularity, require
+from search.tree import best, spread, together
+
+
+@dataclass(frozen=True)
+class Dvts:
+    """`trees` greedy walks side by side (Beeching et al. 2024); each keeps the best of `branch` children a step."""
+
+    trees: int = 4
+    branch: int = 4
+    until: str | int = "step"
+    method: ClassVar[str] = "best"
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        require(self, engine, score, judged=True, until=self.until, trees=self.trees, branch=self.branch)
+
+    async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
+        until = granularity(self.until)
+
+        async def walk(path: Trajectory) -> Trajectory:
+            while path.end is None:
+                (kids,) = await spread([path], self.branch, engine, score, until)
+                if not kids:
+                    break
+                path = best(kids)[0]
+            return path
+
+        paths = await together(walk(again(root, tree)) for tree in range(self.trees))
+        return best(path for path in paths if path.steps)

@@ -1,0 +1,140 @@
+"""Monte-Carlo tree search over steps or tokens, with several simulations in flight.
+
+Neighbours: `refine` (the same bandit over whole answers), `beam`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from search.base import Engine, Score, Trajectory, granularity, require
+from search.tree import best, spread, together
+
+
+@dataclass(eq=False)
+class Node:
+    """Statistics of one path: visits and the sum of the values backed up through it; `flying` is the virtual loss."""
+
+    path: Trajectory
+    parent: Node | None = None
+    prior: float = 1.0
+    children: list[Node] = field(default_factory=list)
+    visits: int = 0
+    total: float = 0.0
+    flying: int = 0
+
+    def line(self) -> Iterator[Node]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def bandit(self, c: float, puct: bool) -> float:
+        """UCT (Kocsis & Szepesvari 2006) or PUCT (Silver et al. 2017); a simulation in flight counts as a loss."""
+        assert self.parent is not None
+        tried, above = self.visits + self.flying, self.parent.visits + self.parent.flying
+        mean = self.total / tried if tried else 0.0
+        if puct:
+            return mean + c * self.prior * math.sqrt(above) / (1 + tried)
+        return math.inf if not tried else mean + c * math.sqrt(math.log(max(1, above)) / tried)
+
+
+@dataclass(frozen=True)
+class Mcts:
+    """`simulations` descents; each expands one leaf by up to `branch` children at once and backs their values up.
+
+    value: "score" takes the scorer's word on a child; "rollout" finishes the child and scores that (the rollout is an
+    answer too). policy: "puct" or "uct". lanes: simulations in flight; they are chosen one after the other under
+    virtual loss and backed up in that order, so that a tree does not depend on which finishes first.
+    expand: "sample" (children are equally likely a priori: they were drawn from the policy) or "top" (prior p).
+    finish: when fewer paths ended than that, the best open leaves are completed.
+    """
+
+    simulations: int = 32
+    branch: int = 4
+    c: float = 1.25
+    policy: str = "puct"
+    value: str = "score"
+    lanes: int = 4
+    until: str | int = "step"
+    expand: str = "sample"
+    finish: int = 4
+    method: ClassVar[str] = "best"
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        allowed = {"policy": ("puct", "uct"), "value": ("score", "rollout"), "expand": ("sample", "top")}
+        for knob, choices in allowed.items():
+            if getattr(self, knob) not in choices:
+                raise ValueError(f"Mcts: {knob}={getattr(self, knob)!r} is none of {', '.join(choices)}")
+        until, offers = ("end", ("top", "logprobs")) if self.expand == "top" else (self.until, ())
+        numbers = {name: getattr(self, name) for name in ("simulations", "branch", "c", "lanes", "finish")}
+        require(self, engine, score, judged=True, until=until, offers=offers, **numbers)
+
+    async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
+        top, ended = Node(root), {}
+
+        async def rollout(path: Trajectory) -> float:
+            whole = (await engine.extend(path) or [path])[0] if path.end is None else path
+            value = await score(whole)
+            if whole.end:
+                ended.setdefault(whole.ids, replace(whole, value=value))
+            return value
+
+        judge = rollout if self.value == "rollout" else score
+        left = self.simulations
+        while left > 0:
+            wave = self._select(top, min(self.lanes, left))
+            left -= max(1, len(wave))
+            fresh = [node for node in wave if node.path.end is None]
+            grown = await spread(
+                [n.path for n in fresh], self.branch, engine, judge, granularity(self.until), self.expand
+            )
+            for node, kids in zip(fresh, grown, strict=True):
+                self._attach(node, kids)
+            for node in wave:
+                self._back_up(node)
+            if fresh and not any(grown):  # the budget is spent
+                break
+        leaves = [node.path for node in _walk(top) if not node.children and node.path.steps]
+        ended.update({path.ids: path for path in leaves if path.end})
+        open_leaves = best(path for path in leaves if not path.end)[: max(0, self.finish - len(ended))]
+        await together(rollout(path) for path in open_leaves)
+        return best(ended.values())
+
+    def _select(self, top: Node, lanes: int) -> list[Node]:
+        """Up to `lanes` different leaves; lanes that would expand a leaf twice are left to the next wave."""
+        wave: list[Node] = []
+        for _ in range(lanes):
+            node = top
+            while node.children:
+                node = max(node.children, key=lambda child: child.bandit(self.c, self.policy == "puct"))
+            if node in wave:
+                break
+            wave.append(node)
+            for above in node.line():
+                above.flying += 1
+        return wave
+
+    def _attach(self, node: Node, kids: list[Trajectory]) -> None:
+        prior = [math.exp(kid.steps[-1].logprobs[0]) if self.expand == "top" else 1 / len(kids) for kid in kids]
+        node.children = [
+            Node(kid, node, p, visits=1, total=kid.value) for kid, p in zip(kids, prior, strict=True)
+        ]
+
+    @staticmethod
+    def _back_up(node: Node) -> None:
+        """What a descent found: the values of the new children, or again that of a leaf that ended."""
+        values = [child.total for child in node.children] or [node.path.value or 0.0]
+        for above in node.line():
+            above.flying -= 1
+            above.visits += len(values)
+            above.total += math.fsum(values)
+
+
+def _walk(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _walk(child)

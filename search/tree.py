@@ -1,0 +1,349 @@
+"""The tree that a search grows, as an engine that remembers.
+
+`Tree` wraps an engine and a scorer: it counts tokens, keeps a budget, asks the scorer once per path, and logs every
+call. The log is enough to replay the search without the engine (`Replay`), to draw the tree (`nodes`) and to export
+training data (`export`). Searches neither know nor care whether the engine they are given is a tree.
+Neighbour: `explore` is how callers run one search on one question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from search.base import (
+    END,
+    STEP,
+    TOKENS,
+    Alternative,
+    Engine,
+    Offer,
+    Sampling,
+    Score,
+    Search,
+    Step,
+    Trajectory,
+    Until,
+    again,
+    derive,
+)
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass
+class Ledger:
+    """What a search cost, in tokens, calls and seconds."""
+
+    generated: int = 0
+    prefilled: int = 0  # prompt and prefix tokens that the engine computed
+    cached: int = 0  # prompt and prefix tokens that it still had
+    judged: int = 0  # tokens new to the scorer: what an incremental one reads
+    calls: int = 0
+    cancelled: int = 0  # calls cut off by the search; their tokens are not known here
+    seconds: float = 0.0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass
+class Record:
+    """The memory that a tree and its views with other sampling settings share."""
+
+    budget: int | None = None  # generated tokens
+    ledger: Ledger = field(default_factory=Ledger)
+    rows: list[Row] = field(default_factory=list)
+    reserved: int = 0  # tokens that calls in flight may still generate
+    known: set[int] = field(default_factory=set)  # keys of paths that the rows can rebuild
+    scores: dict[tuple[int, ...], asyncio.Future[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """An `Engine` and a `Score` in one, with a ledger, a budget and a log.
+
+    The budget is never exceeded: a call whose children could pass it draws fewer, in the end none. Only a binding
+    budget can make a tree depend on the order in which concurrent calls return.
+    """
+
+    engine: Engine
+    judge: Score | None = None
+    record: Record = field(default_factory=Record)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.engine.sampling
+
+    @property
+    def offers(self) -> frozenset[Offer]:
+        return getattr(self.engine, "offers", frozenset({"logprobs"}))
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.record.ledger
+
+    def at(self, **changes: float | int | str) -> Tree:
+        return replace(self, engine=self.engine.at(**changes))
+
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        return self.engine.write(path, text, turn=turn)
+
+    async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
+        room = max(1, self.sampling.max_tokens - path.length)
+        most = min(room, until.tokens) if until.kind == "tokens" else room
+        children: list[Trajectory] = []
+        turn = 0
+        while len(children) < n and (granted := min(n - len(children), self._grant(most))) > 0:
+            children += await self._extend(again(path, turn), granted, until, most)
+            turn += 1
+        return children
+
+    def _grant(self, most: int) -> int:
+        record = self.record
+        if record.budget is None:
+            return 10**9
+        return max(0, (record.budget - record.ledger.generated - record.reserved) // most)
+
+    async def _extend(self, path: Trajectory, n: int, until: Until, most: int) -> list[Trajectory]:
+        record, ledger = self.record, self.record.ledger
+        record.reserved += n * most
+        ledger.calls += 1
+        try:
+            children = await self.engine.extend(path, n=n, until=until)
+        except asyncio.CancelledError:
+            ledger.cancelled += 1
+            raise
+        finally:
+            record.reserved -= n * most
+        for child in children:
+            ledger.generated += len(child.steps[-1].ids)
+            ledger.cached += child.steps[-1].cached
+            ledger.prefilled += len(path.ids) - child.steps[-1].cached
+        record.rows.append(_extend_row(path, until, self.sampling, children, record.known))
+        return children
+
+    async def score(self, path: Trajectory) -> float:
+        """The scorer's word on a path, asked once for equal token ids however often it is wanted."""
+        assert self.judge is not None, "a search that needs a score says so in check()"
+        record = self.record
+        if path.ids not in record.scores:
+            record.scores[path.ids] = asyncio.ensure_future(self._score(path))
+        return await asyncio.shield(record.scores[path.ids])
+
+    async def _score(self, path: Trajectory) -> float:
+        record, new = self.record, len(path.ids)
+        for steps in range(len(path.steps) - 1, -1, -1):
+            length = len(path.prompt) + sum(len(step.ids) for step in path.steps[:steps])
+            if path.ids[:length] in record.scores:
+                new -= length
+                break
+        record.ledger.judged += new
+        value = float(await self.judge(path))
+        if math.isnan(value):
+            raise ValueError(f"the scorer gave NaN for {path.text[-80:]!r}: a scorer that cannot judge must say why")
+        record.rows.append({"kind": "score", "path": key(path), "value": value})
+        return value
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The paths that a search returned, and the tree behind them."""
+
+    paths: list[Trajectory]
+    tree: Tree
+
+
+async def explore(
+    search: Search, root: Trajectory, engine: Engine, score: Score | None = None, *, budget: int | None = None
+) -> Outcome:
+    """Run one search on one question: check it first, then count what it does.
+
+    budget: generated tokens. Cancelling this coroutine cancels what it has in flight.
+    """
+    if budget is not None and budget < engine.sampling.max_tokens:
+        raise ValueError(
+            f"budget={budget} tokens is smaller than one path (sampling.max_tokens={engine.sampling.max_tokens}): "
+            "raise the budget or lower max_tokens"
+        )
+    search.check(engine, score)
+    tree = Tree(engine, score, Record(budget))
+    begun = time.perf_counter()
+    try:
+        paths = await search.run(root, tree, tree.score if score is not None else None)
+    finally:
+        tree.ledger.seconds = time.perf_counter() - begun
+        for asked in tree.record.scores.values():
+            asked.cancel()
+    return Outcome(paths, tree)
+
+
+# -- what searches are written with ---------------------------------------------------------------------------------
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. When one fails or the caller is cancelled, the others are cancelled and awaited."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def valued(path: Trajectory, score: Score | None) -> Trajectory:
+    """The path with its score, or with its log-probability where there is no scorer."""
+    return replace(path, value=path.logprob if score is None else await score(path))
+
+
+async def spread(
+    paths: Sequence[Trajectory], n: int, engine: Engine, score: Score | None, until: Until = STEP, expand: str = "sample"
+) -> list[list[Trajectory]]:
+    """Up to n distinct children of every path, each scored as soon as it is there; no barrier between paths.
+
+    expand "sample" draws them; "top" takes the n likeliest next tokens.
+    """
+
+    async def one(path: Trajectory) -> list[Trajectory]:
+        drawn = await (likeliest(path, n, engine) if expand == "top" else engine.extend(path, n=n, until=until))
+        distinct = {child.ids: child for child in reversed(drawn)}  # the first of equal ones
+        return await together(valued(child, score) for child in drawn if distinct[child.ids] is child)
+
+    return await together(one(path) for path in paths)
+
+
+async def likeliest(path: Trajectory, n: int, engine: Engine) -> list[Trajectory]:
+    """The n likeliest one-token continuations. Costs one generated token, which is thrown away."""
+    drawn = await engine.at(top=n).extend(path, until=TOKENS(1))
+    if not drawn:
+        return []
+    last = path.length + 1 >= engine.sampling.max_tokens
+    children = []
+    for a in sorted(drawn[0].steps[-1].top[0], key=lambda a: -a.logprob)[:n]:
+        end = "stop" if a.ends else "length" if last else None
+        children.append(path.grow(Step((a.id,), (a.logprob,), a.text), end=end, seed=derive(path.seed, "token", a.id)))
+    return children
+
+
+def best(paths: Iterable[Trajectory]) -> list[Trajectory]:
+    """Highest value first; ties keep their order."""
+    return sorted(paths, key=lambda path: -path.value)
+
+
+# -- the log --------------------------------------------------------------------------------------------------------
+
+
+def key(path: Trajectory) -> int:
+    """Identity of a path in the log."""
+    return derive(path.seed, *path.ids)
+
+
+def _extend_row(
+    path: Trajectory, until: Until, sampling: Sampling, children: Sequence[Trajectory], known: set[int]
+) -> Row:
+    row: Row = {
+        "kind": "extend",
+        "path": key(path),
+        "until": [until.kind, until.tokens],
+        "sampling": asdict(sampling),
+        "children": [
+            {"path": key(child), "seed": child.seed, "end": child.end, "step": _step_row(child.steps[-1])}
+            for child in children
+        ],
+    }
+    if row["path"] not in known:  # the root, or a path that the search wrote or reseeded itself
+        row["whole"] = {
+            "prompt": list(path.prompt),
+            "seed": path.seed,
+            "steps": [_step_row(step) for step in path.steps],
+        }
+        known.add(row["path"])
+    known.update(child["path"] for child in row["children"])
+    return row
+
+
+def _step_row(step: Step) -> Row:
+    row = {name: value for name, value in asdict(step).items() if value not in ((), 0) or name in ("ids", "logprobs")}
+    return {**row, "ids": list(step.ids), "logprobs": list(step.logprobs), "sampled": step.sampled}
+
+
+def _step(row: Mapping[str, Any]) -> Step:
+    top = tuple(tuple(Alternative(*a) for a in position) for position in row.get("top", ()))
+    versions = tuple(tuple(span) for span in row.get("versions", ()))
+    fields = {**row, "ids": tuple(row["ids"]), "logprobs": tuple(row["logprobs"]), "top": top, "versions": versions}
+    return Step(**fields)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An engine that answers from a log and generates nothing; with the same search it gives the same paths.
+
+    Where the log ends it goes on with `engine` if there is one: that is how a search resumes.
+    """
+
+    rows: Sequence[Row]
+    sampling: Sampling
+    engine: Engine | None = None
+    offers: frozenset[Offer] = frozenset({"logprobs", "top", "arithmetic", "write"})
+
+    def at(self, **changes: float | int | str) -> Replay:
+        engine = None if self.engine is None else self.engine.at(**changes)
+        return replace(self, sampling=replace(self.sampling, **changes), engine=engine)
+
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        if self.engine is None:
+            raise ValueError("this replay has no engine, so no tokenizer to write with: pass engine=")
+        return self.engine.write(path, text, turn=turn)
+
+    async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
+        wanted = (key(path), [until.kind, until.tokens], asdict(self.sampling))
+        for row in self.rows:
+            if row["kind"] == "extend" and (row["path"], row["until"], row["sampling"]) == wanted:
+                if len(row["children"]) == n:
+                    return [path.grow(_step(c["step"]), end=c["end"], seed=c["seed"]) for c in row["children"]]
+        if self.engine is None:
+            raise ValueError(f"the log has no call like this one (path {wanted[0]}, n={n}, until={until.kind})")
+        return await self.engine.extend(path, n=n, until=until)
+
+    async def score(self, path: Trajectory) -> float:
+        for row in self.rows:
+            if row["kind"] == "score" and row["path"] == key(path):
+                return row["value"]
+        raise ValueError(f"the log has no score of path {key(path)}")
+
+
+def nodes(rows: Iterable[Row]) -> list[Row]:
+    """The tree for a person or a viewer: one node per path, parents before children, with text, logprob and score."""
+    rows = list(rows)
+    scores = {row["path"]: row["value"] for row in rows if row["kind"] == "score"}
+    found: dict[int, Row] = {}
+
+    def add(name: int, parent: int | None, steps: Sequence[Row], end: str | None) -> None:
+        logprob = math.fsum(lp for step in steps if step["sampled"] for lp in step["logprobs"])
+        found.setdefault(
+            name,
+            {
+                "path": name,
+                "parent": parent,
+                "text": "".join(step.get("text", "") for step in steps),
+                "tokens": sum(len(step["ids"]) for step in steps),
+                "logprob": logprob,
+                "sampled": all(step["sampled"] for step in steps),
+                "score": scores.get(name),
+                "end": end,
+            },
+        )
+
+    for row in rows:
+        if row["kind"] == "extend":
+            if "whole" in row:
+                add(row["path"], None, row["whole"]["steps"], None)
+            for child in row["children"]:
+                add(child["path"], row["path"], [child["step"]], child["end"])
+    return list(found.values())
