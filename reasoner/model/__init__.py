@@ -9,4 +9,13 @@ from .moe import balance
 from .tokenizer import char_tokenizer
 from .transformer import ReasonerForCausalLM
 
-__all__ = ["ReasonerConfig", "ReasonerForCausalLM", "balance", "char_tokenizer", "check_serving", "export", "load", "save"]
+__all__ = [
+    "ReasonerConfig",
+    "ReasonerForCausalLM",
+    "balance",
+    "char_tokenizer",
+    "check_serving",
+    "export",
+    "load",
+    "save",
+]

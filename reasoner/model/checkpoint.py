@@ -1,13 +1,14 @@
 """Reads and writes checkpoints in the public `deepseek_v3` format, and names tensors as servers want them.
 
-In memory the experts of a layer are two stacked tensors; in a file each expert has its own three. Knows nothing of training.
-Neighbours: `config.py` for config.json; weight pushes send what `export` yields.
+In memory the experts of a layer are two stacked tensors; in a file each expert has its own three. Knows nothing of
+training. Neighbours: `config.py` for config.json; weight pushes send what `export` yields.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from .config import ReasonerConfig
 from .transformer import ReasonerForCausalLM
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 
 
 def export(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -42,16 +44,22 @@ def export(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name.removesuffix('down_proj')}{expert}.down_proj.weight", weight
         else:
             yield name, tensor
+    if ours:
+        trunk = model.config.num_hidden_layers
+        for layer in range(trunk, trunk + model.config.num_mtp_layers):  # the format repeats what MTP modules share
+            yield f"model.layers.{layer}.embed_tokens.weight", model.model.embed_tokens.weight.detach()
+            yield f"model.layers.{layer}.shared_head.head.weight", model.lm_head.weight.detach()
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes model and tokenizer to `folder`, replacing what is there; a crash leaves the old or the new, never a half."""
+    """Writes model and tokenizer to `folder`, replacing what is there; a failure leaves the old, never a half."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if isinstance(model, ReasonerForCausalLM):
-            save_file({name: t.contiguous() for name, t in export(model)}, fresh / "model.safetensors", {"format": "pt"})
+            weights = {name: t.clone() if SHARED.fullmatch(name) else t.contiguous() for name, t in export(model)}
+            save_file(weights, fresh / "model.safetensors", {"format": "pt"})
             _write_config(model, fresh)
             model.generation_config.save_pretrained(fresh)
         else:
@@ -72,7 +80,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 def _write_config(model: ReasonerForCausalLM, folder: Path) -> None:
     content = model.config.to_dict()
     content["architectures"] = ["DeepseekV3ForCausalLM"]
-    content["num_nextn_predict_layers"] = 0  # servers look for as many layers as this says
     content["dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -88,37 +95,46 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "deepseek_v3":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    files = _names_in(folder)
     config = ReasonerConfig.from_pretrained(folder)
     config.dtype = dtype or config.dtype or torch.float32
+    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files):
+        config.num_mtp_layers = 0  # transformers drops these layers when it saves, and does not say so in config.json
     with torch.device("meta"):
         model = ReasonerForCausalLM._from_config(config, dtype=config.dtype)
     model.to_empty(device="cpu")
-    _fill(model, folder)
+    _fill(model, folder, files)
     return model.eval()
 
 
-@torch.no_grad()
-def _fill(model: ReasonerForCausalLM, folder: Path) -> None:
-    wanted = dict(export(model))
-    surplus = []
+def _names_in(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and its file, without the copies of what MTP modules share with the trunk."""
+    names = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                if name not in wanted:
-                    surplus.append(name)
-                    continue
-                target, source = wanted.pop(name), tensors.get_tensor(name)
+            names |= {name: file for name in tensors.keys() if not SHARED.fullmatch(name)}
+    return names
+
+
+@torch.no_grad()
+def _fill(model: ReasonerForCausalLM, folder: Path, files: dict[str, Path]) -> None:
+    wanted = {name: tensor for name, tensor in export(model) if not SHARED.fullmatch(name)}
+    missing, surplus = wanted.keys() - files.keys(), files.keys() - wanted.keys()
+    if missing or surplus:
+        raise ValueError(
+            f"{folder}: {_names('missing', missing)}, {_names('surplus', surplus)}: "
+            "the weights do not belong to config.json, or the checkpoint is incomplete"
+        )
+    for file in set(files.values()):
+        with safe_open(file, framework="pt") as tensors:
+            for name in (name for name, where in files.items() if where == file):
+                target, source = wanted[name], tensors.get_tensor(name)
                 if target.shape != source.shape:
                     raise ValueError(
                         f"{folder}: {name} is {tuple(source.shape)} but config.json makes it {tuple(target.shape)}: "
                         "the weights belong to another configuration"
                     )
                 target.copy_(source)
-    if wanted or surplus:
-        raise ValueError(
-            f"{folder}: {_names('missing', wanted)}, {_names('surplus', surplus)}: "
-            "the weights do not belong to config.json, or the checkpoint is incomplete"
-        )
 
 
 def _names(kind: str, names) -> str:

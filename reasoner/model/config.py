@@ -45,8 +45,8 @@ class ReasonerConfig(DeepseekV3Config):
                 raise ValueError(f"{key}={getattr(self, key)!r} is not supported: set it to {value!r}")
         if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} experts cannot be chosen from topk_group={self.topk_group} "
-                f"of n_group={self.n_group} groups of {self.n_routed_experts // self.n_group}: raise topk_group or lower it"
+                f"num_experts_per_tok={self.num_experts_per_tok} cannot be chosen from topk_group={self.topk_group} of "
+                f"n_group={self.n_group} groups of {self.n_routed_experts // self.n_group} experts: raise topk_group"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group={self.n_group} does not divide n_routed_experts={self.n_routed_experts}")
@@ -108,8 +108,9 @@ def check_serving(config: Any) -> list[str]:
     heads = (config.qk_nope_head_dim, config.v_head_dim)
     if config.kv_lora_rank != 512 or config.qk_rope_head_dim != 64 or heads not in HOPPER_HEADS:
         found.append(
-            f"kv_lora_rank={config.kv_lora_rank}, qk_rope_head_dim={config.qk_rope_head_dim}, (qk_nope_head_dim, v_head_dim)="
-            f"{heads}: vLLM on a Hopper GPU takes only 512, 64 and one of {HOPPER_HEADS}; on the CPU set VLLM_MLA_DISABLE=1"
+            f"kv_lora_rank={config.kv_lora_rank}, qk_rope_head_dim={config.qk_rope_head_dim}, (qk_nope_head_dim, "
+            f"v_head_dim)={heads}: vLLM on a Hopper GPU takes only 512, 64 and one of {HOPPER_HEADS}; "
+            "on the CPU set VLLM_MLA_DISABLE=1"
         )
         if (width := config.qk_nope_head_dim + config.qk_rope_head_dim) not in CPU_HEADS:
             found.append(f"qk_nope_head_dim + qk_rope_head_dim = {width}: vLLM on the CPU takes only {CPU_HEADS}")

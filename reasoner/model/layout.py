@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,23 +35,35 @@ class Layout:
         flat = x_BL.flatten(0, 1)
         return flat if self.source_T is None else flat[self.source_T]
 
-    def put(self, x_T: Tensor) -> Tensor:
-        """(T, ...) -> (B, L, ...), zero where there is padding."""
-        return _place(x_T, self.source_T, self.batch, self.length)
+    def put(self, x_T: Tensor, fill: float = 0) -> Tensor:
+        """(T, ...) -> (B, L, ...), `fill` where there is padding."""
+        return _place(x_T, self.source_T, self.batch, self.length, fill)
 
-    def rows(self, x_T: Tensor) -> Tensor:
-        """(T, ...) -> (N, S, ...), zero where a sequence is shorter."""
-        return _place(x_T, self.slots_T, self.sequences, self.width)
+    def rows(self, x_T: Tensor, fill: float = 0) -> Tensor:
+        """(T, ...) -> (N, S, ...), `fill` where a sequence is shorter."""
+        return _place(x_T, self.slots_T, self.sequences, self.width, fill)
 
     def unrow(self, x_NS: Tensor) -> Tensor:
         """(N, S, ...) -> (T, ...)"""
         flat = x_NS.flatten(0, 1)
         return flat if self.slots_T is None else flat.index_select(0, self.slots_T)
 
+    def ahead(self, x_T: Tensor, count: int, fill: float) -> Tensor:
+        """What stands `count` tokens further on in the same sequence, `fill` beyond its end; (T,) -> (T,)"""
+        return self.unrow(F.pad(self.rows(x_T, fill), (0, count), value=fill)[:, count:])
 
-def _place(x_T: Tensor, index_T: Tensor | None, rows: int, columns: int) -> Tensor:
+    @property
+    def sequence_T(self) -> Tensor:
+        """Which of the N sequences each token belongs to."""
+        slots_T = self.slots_T
+        if slots_T is None:
+            slots_T = torch.arange(self.sequences * self.width, device=self.positions_T.device)
+        return slots_T // self.width
+
+
+def _place(x_T: Tensor, index_T: Tensor | None, rows: int, columns: int, fill: float) -> Tensor:
     if index_T is not None:
-        x_T = x_T.new_zeros(rows * columns, *x_T.shape[1:]).index_copy(0, index_T, x_T)
+        x_T = x_T.new_full((rows * columns, *x_T.shape[1:]), fill).index_copy(0, index_T, x_T)
     return x_T.unflatten(0, (rows, columns))
 
 

@@ -1,11 +1,12 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one small latent per token stands for all keys and values.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one small latent per token stands for keys and values.
 
 Training and prefill expand the latent into heads; decoding folds the expansion into the query and the output
-("absorbed") and attends over the latent cache itself. Knows nothing of experts or batches: `layout.py` says which tokens
-form a sequence. Neighbours: `transformer.py` calls it.
+("absorbed") and attends over the latent cache itself. Knows nothing of experts or batches: `layout.py` says which
+tokens form a sequence. Neighbours: `transformer.py` calls it.
 
-Shapes: T tokens, D model width, H heads; a head is n + r wide in queries and keys (n without position, r rotary, shared by
-the heads in keys) and v wide in values; C latent width; N sequences of at most S tokens; B rows, L new and P all columns.
+Shapes: T tokens, D model width, H heads; a head is n + r wide in queries and keys (n without position; r rotary, which
+the heads share in keys) and v wide in values, k the wider of the two; C latent width, K = C + r; N sequences of at most
+S tokens; B rows, L new columns, P cached and new columns, Q = L * H queries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .layout import Layout
 
 
 def rotary_angles(config: ReasonerConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, r / 2) each in float32, once per forward: no buffer that a dtype or a meta device could spoil."""
+    """cos and sin, (T, r / 2) in float32. Computed per forward: a dtype or meta device would spoil a buffer."""
     kind = config.rope_parameters["rope_type"]
     size, device, scale = config.qk_rope_head_dim, positions_T.device, 1.0
     if kind == "default":
@@ -106,7 +107,7 @@ class LatentAttention(nn.Module):
         return layout.unrow(out_NHSk[..., : self.value].transpose(1, 2)).flatten(1)
 
     def absorbed(self, q_THn: Tensor, q_THr: Tensor, keys_B1PK: Tensor, layout: Layout) -> Tensor:
-        """Attention of all heads over the one latent head of the cache: keys and values are never expanded; (T, H * v)."""
+        """Attention of all heads over the cache itself, which is key and value at once; (T, H * v)."""
         up_HnC, down_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), dim=1)
         q_THC = torch.einsum("thn,hnc->thc", q_THn, up_HnC)
         q_B1QK = torch.cat((q_THC, q_THr), dim=-1).view(layout.batch, 1, layout.length * self.heads, -1)

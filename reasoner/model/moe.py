@@ -1,10 +1,11 @@
 """Fine-grained mixture of experts with a shared expert (DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437).
 
-The router scores every expert by a sigmoid in float32; a bias that no gradient touches decides who is chosen, never how much
-the chosen count, and `balance` moves it towards equal load. Knows nothing of attention or batches.
+The router scores every expert by a sigmoid in float32; a bias that no gradient touches decides who is chosen, never how
+much the chosen count, and `balance` moves it towards equal load. Knows nothing of attention or batches.
 Neighbours: `transformer.py` calls it and gathers the loads.
 
-Shapes: T tokens, D model width, E experts, K chosen per token, I width of an expert, A = T * K assignments.
+Shapes: T tokens, D model width, E experts, G groups of them, K chosen per token, I width of an expert, A = T * K
+assignments in the order of experts, N sequences.
 """
 
 from __future__ import annotations
@@ -48,15 +49,19 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights (T, K) in float32 and expert ids (T, K); given ids are kept and only weighted."""
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (T, K) in float32, expert ids (T, K) and all scores (T, E).
+
+        Recorded ids are used instead of choosing, where they are not negative; they are weighted by the scores of now.
+        """
         scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        if experts_TK is None:
-            experts_TK = self.choose(scores_TE.detach() + self.e_score_correction_bias)
+        experts_TK = self.choose(scores_TE.detach() + self.e_score_correction_bias)
+        if replay_TK is not None:
+            experts_TK = torch.where(replay_TK < 0, experts_TK, replay_TK.long())
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return weights_TK * self.scale, experts_TK
+        return weights_TK * self.scale, experts_TK, scores_TE
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """The K best experts, out of the groups whose two best experts sum highest."""
@@ -85,14 +90,14 @@ class Experts(nn.Module):
         ends_E = torch.bincount(experts_TK.flatten(), minlength=len(self.down_proj)).cumsum(0).int()
         x_AD = Spread.apply(x_TD, tokens_A, places_TK)
         gate_AI, up_AI = F.grouped_mm(x_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        # Weighted before the last product: I columns instead of D, and its result need not be kept for the backward pass.
+        # Weighted before the last product: I columns instead of D, and the result is not kept for the backward pass.
         inner_AI = F.silu(gate_AI) * up_AI * weights_TK.flatten()[order_A, None]
         y_AD = F.grouped_mm(inner_AI.to(x_TD.dtype), self.down_proj.transpose(1, 2), offs=ends_E)
         return Gather.apply(y_AD, tokens_A, places_TK)
 
 
 class Spread(torch.autograd.Function):
-    """Copies each token to its K places in the order of experts. The transpose of `Gather`: autograd alone would scatter."""
+    """Copies each token to its K places: the transpose of `Gather`, which spares autograd's slow scatter."""
 
     @staticmethod
     def forward(ctx, x_TD, tokens_A, places_TK):
@@ -125,21 +130,38 @@ class MoE(nn.Module):
         self.shared_experts = Mlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.load_E: Tensor | None = None  # tokens sent to each expert in training since `balance` last looked
 
-    def forward(self, x_TD: Tensor, experts_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weights_TK, experts_TK = self.gate(x_TD, experts_TK)
-        return self.experts(x_TD, weights_TK, experts_TK) + self.shared_experts(x_TD), experts_TK
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (T, D), the expert ids used (T, K) and the router's scores (T, E)."""
+        weights_TK, experts_TK, scores_TE = self.gate(x_TD, replay_TK)
+        return self.experts(x_TD, weights_TK, experts_TK) + self.shared_experts(x_TD), experts_TK, scores_TE
 
     def count(self, experts_TK: Tensor) -> None:
         load_E = torch.bincount(experts_TK.flatten(), minlength=len(self.gate.weight))
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
 
+def sequence_loss(scores_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor) -> Tensor:
+    """How uneven the load is within single sequences, averaged over them: 1 when even, more when not.
+
+    The sequence-wise auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, equations 17-20) before its weight alpha.
+    """
+    experts, chosen = scores_TE.shape[1], experts_TK.shape[1]
+    count = int(sequence_T.max()) + 1
+    length_N1 = torch.bincount(sequence_T, minlength=count)[:, None]
+    cell_TK = sequence_T[:, None] * experts + experts_TK
+    used_NE = torch.bincount(cell_TK.flatten(), minlength=count * experts).view(count, experts)
+    share_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+    share_NE = share_TE.new_zeros(count, experts).index_add(0, sequence_T, share_TE) / length_N1
+    return (used_NE * experts / (chosen * length_N1) * share_NE).sum(1).mean()
+
+
 @torch.no_grad()
 def balance(model: nn.Module, rate: float = 1e-3) -> None:
     """Moves each router's bias one step towards equal load: up for experts below the mean load, down for those above.
 
-    Auxiliary-loss-free balancing (arXiv 2408.15664), with the step's mean removed so that biases do not drift together. Call it
-    after an optimizer step; biases stand still otherwise, which keeps a rollout and its update on the same experts.
+    Auxiliary-loss-free balancing (arXiv 2408.15664), with the step's mean removed so that biases do not drift together.
+    Call it after an optimizer step; biases stand still otherwise, which keeps a rollout and its update on the same
+    experts. Counts are summed over processes when torch.distributed runs.
     """
     for layer in model.modules():
         if isinstance(layer, MoE) and layer.load_E is not None:

@@ -20,7 +20,8 @@ TEMPLATE = (
 def char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """One token for each character of `alphabet` and for the newline, after <pad>, <bos> and <eos>.
 
-    `decode(encode(text)) == text` for every text over the alphabet; a character outside it raises. Nothing is added when encoding.
+    `decode(encode(text)) == text` for every text over the alphabet; a character outside it raises.
+    Encoding adds nothing.
 
     Example:
         char_tokenizer("0123456789+= ")("1+2 =\\n").input_ids

@@ -1,4 +1,4 @@
-"""Checkpoints in the public format: what is written, what is refused; the tokenizer beside them; the traps of serving."""
+"""Checkpoints in the public format: what is written and refused; the tokenizer beside them; the traps of serving."""
 
 import json
 import os
@@ -122,13 +122,15 @@ def test_saving_again_replaces_the_checkpoint(folder):
 
 def test_export_copies_nothing():
     model = tiny()
-    for name, tensor in export(model):
+    for _, tensor in export(model):
         tensor.data.fill_(3)
     assert all((p == 3).all() for p in model.parameters())
 
 
 def test_other_models_load_and_export_under_their_own_names(tmp_path):
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
     other = LlamaForCausalLM(LlamaConfig(vocab_size=len(char_tokenizer(ALPHABET)), **sizes))
     save(other, char_tokenizer(ALPHABET), tmp_path / "llama")
     again = load(tmp_path / "llama")
@@ -177,7 +179,16 @@ def test_chat_template_ends_a_question_with_a_newline_and_an_answer_with_eos():
 def test_serving_traps_are_named():
     config = DeepseekV3Config(rms_norm_eps=1e-5, tie_word_embeddings=True, kv_lora_rank=64, qk_nope_head_dim=20)
     found = "\n".join(check_serving(config))
-    for trap in ("topk_method", "scoring_func", "moe_layer_freq", "moe_router_dtype", "rms_norm_eps", "tie_word", "kv_lora_rank", "= 84"):
+    for trap in (
+        "topk_method",
+        "scoring_func",
+        "moe_layer_freq",
+        "moe_router_dtype",
+        "rms_norm_eps",
+        "tie_word",
+        "kv_lora_rank",
+        "= 84",
+    ):
         assert trap in found
     assert check_serving(LlamaConfig()) == []
 

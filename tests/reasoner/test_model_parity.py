@@ -58,7 +58,12 @@ def test_cached_decoding_equals_transformers_with_left_padding(pair):
     mask[0, :7] = mask[1, :1] = 0
     generated = {
         name: model.generate(
-            tokens(), attention_mask=mask, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+            tokens(),
+            attention_mask=mask,
+            max_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         for name, model in (("ours", ours), ("theirs", theirs))
     }

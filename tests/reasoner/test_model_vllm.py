@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 # vLLM 0.32 rotates MLA's 3-D tensors wrongly on the CPU; its own PyTorch path is right.
 SCRIPT = """
 import os, sys
-os.environ.update(VLLM_MLA_DISABLE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+os.environ.update(VLLM_MLA_DISABLE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
 import torch
 torch.set_num_threads(1)
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, load, save
