@@ -22,7 +22,7 @@ from typing import Any
 
 MEASURES = ("greedy", "mean_at_k", "pass_at_k", "maj_at_k", "marginal_at_k")  # of held-out tasks, in [0, 1]
 PHASES = ("warmup", "rollouts", "verify", "learn", "sync", "eval")  # each has its colour in STYLE
-SUBJECTS = ("tasks", "model", "base", "search", "credit", "learner")  # sections of the config that say what was done
+SUBJECTS = ("tasks", "base", "search", "credit", "learner")  # sections of the config that say what was done
 CHARTS = (  # title, keys of metrics.jsonl
     ("Reward in training", ("reward_mean", "solved_fraction")),
     ("Groups per step", ("groups_used", "groups_agreeing")),
@@ -170,7 +170,7 @@ def _claim(run: Run) -> tuple[str, str, str]:
         return _so_far(run)
     points = 100 * (after.mean - before.mean)
     ground = f"Held-out greedy accuracy went from {_percent(before.mean)} to {_percent(after.mean)}"
-    tasks = _number(run.summary["final"].get("n"))
+    tasks = _number(run.summary["final"].get("tasks"))
     ground += f" on {tasks:.0f} tasks." if tasks else "."
     if None in (before.low, before.high, after.low, after.high):
         return "unclear", "No claim without intervals", ground
@@ -234,20 +234,26 @@ def _before_after(run: Run) -> str:
     if not rows:
         return ""
     k = next((side["k"] for side in sides if isinstance(side, Mapping) and "k" in side), "k")
-    body = "".join(_measure_row(key.replace("_at_k", f"@{k}"), before, after) for key, before, after in rows)
+    tokens = {key: [_number(_at(side, "tokens", key)) for side in sides] for key, _, _ in rows}
+    body = "".join(
+        _measure_row(key.replace("_at_k", f"@{k}"), before, after, tokens[key]) for key, before, after in rows
+    )
     return (
         '<section><h2>Before and after, held-out tasks</h2><table class="measures"><thead><tr><th></th>'
         '<th class="base">before</th><th class="final">after</th><th>points</th>'
         f'<th class="plot">95% intervals, 0 to 100%</th></tr></thead><tbody>{body}</tbody></table>'
         '<p class="note">greedy: the likeliest token each time. mean: of sampled answers. pass: any of them right. '
-        "maj: the most frequent answer. marginal: the answer with the most probability over its paths.</p></section>"
+        "maj: the most frequent answer. marginal: the answer with the most probability over its paths. Tokens: those "
+        "sampled per task, before and after.</p></section>"
     )
 
 
-def _measure_row(name: str, before: Measure | None, after: Measure | None) -> str:
+def _measure_row(name: str, before: Measure | None, after: Measure | None, tokens: Sequence[float | None]) -> str:
     points = f"{100 * (after.mean - before.mean):+.1f}" if before and after else ""
+    cost = " → ".join(f"{t:,.0f}" for t in tokens if t is not None)
+    cost = f"<small>{cost} tokens</small>" if cost else ""
     return (
-        f"<tr><th>{escape(name)}</th><td>{_cell(before)}</td><td>{_cell(after)}</td><td>{points}</td>"
+        f"<tr><th>{escape(name)}{cost}</th><td>{_cell(before)}</td><td>{_cell(after)}</td><td>{points}</td>"
         f'<td class="plot">{_intervals(before, after)}</td></tr>'
     )
 
@@ -307,6 +313,9 @@ def _left_out(run: Run) -> str:
         for key, value in row.items():
             if "drop" in key and isinstance(value, Mapping):
                 reasons.update({str(why): int(_number(count) or 0) for why, count in value.items()})
+    for side in ("base", "final"):
+        if unjudged := _number(_at(run.summary, side, "not_judged")):
+            reasons[f"held-out task that could not be judged ({side})"] = int(unjudged)
     if run.unread:
         reasons["line of metrics.jsonl or journal.jsonl that is not JSON"] = run.unread
     if not sum(run.verdicts.values()) and not reasons:
@@ -540,8 +549,7 @@ def _phase_class(name: str) -> str:
 # --- words
 
 
-def _at(mapping: Mapping[str, Any], *keys: str) -> Any:
-    value: Any = mapping
+def _at(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
@@ -619,7 +627,7 @@ th, td { padding:.35rem .6rem .35rem 0; vertical-align:top }
 .measures tbody tr { border-top:1px solid var(--rule) }
 .measures td, .measures th { white-space:nowrap; padding-right:1.4rem }
 .measures .plot { width:46%; padding-right:0 }
-.measures small { display:block; color:var(--soft) }
+.measures small { display:block; color:var(--soft); font-weight:400 }
 .grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(17rem,1fr)); gap:1.6rem 2rem }
 figure { margin:0 }
 .phases + figure { margin-top:1.6rem }
@@ -674,9 +682,10 @@ details pre { margin-top:.8rem; font-size:12.5px }
   .grid { grid-template-columns:1fr }
   .subject th { width:4.5rem }
   .measures thead { display:none }
-  .measures tr { display:grid; grid-template-columns:1.6fr 1.3fr 1.3fr 1fr; padding:.3rem 0 }
+  .measures tr { display:grid; grid-template-columns:6.6rem 1fr 1fr auto; padding:.3rem 0 }
   .measures td, .measures th { padding-right:.3rem }
   .measures th { font-size:.9rem }
+  .measures small { font-size:.7rem }
   .measures .plot { grid-column:1/-1; width:auto }
   .measures td:nth-child(2) { color:var(--base) }
   .measures td:nth-child(3) { color:var(--final) }

@@ -56,9 +56,11 @@ class ReasoningGym:
     verifier: str = "math"  # "reasoning_gym" scores with the generator's own rule and gets the whole entry
     prompt: str = "{question}"
 
-    def load(self) -> Split:
+    def __post_init__(self) -> None:
         if self.train < 1 or self.heldout < 1:
             raise ValueError(f"train={self.train} and heldout={self.heldout}: each needs at least 1 task")
+
+    def load(self) -> Split:
         seen: set[str] = set()
         heldout = self._distinct("heldout", self.heldout, seen)  # first, so that `train` never changes it
         train = self._distinct("train", self.train, seen)
@@ -119,12 +121,14 @@ class Jsonl:
     id: str = ""  # name of the field; without it the line number
     verifier: str = "math"
 
-    def load(self) -> Split:
-        if bool(self.heldout_path) == (0.0 < self.heldout < 1.0):
+    def __post_init__(self) -> None:
+        if bool(self.heldout_path) == (self.heldout != 0.0) or not 0.0 <= self.heldout < 1.0:
             raise ValueError(
                 f"heldout_path={self.heldout_path!r} and heldout={self.heldout}: "
                 "give one of them, a file or a fraction between 0 and 1"
             )
+
+    def load(self) -> Split:
         tasks = self._tasks(self.path)
         if self.heldout_path:
             return _apart(tasks, self._tasks(self.heldout_path))

@@ -18,7 +18,8 @@ STEPS = 120
 def side(greedy, mean, best, maj, marginal):
     values = {"greedy": greedy, "mean_at_k": mean, "pass_at_k": best, "maj_at_k": maj, "marginal_at_k": marginal}
     ci = {key: [max(0.0, v - 0.055), min(1.0, v + 0.045)] for key, v in values.items()}
-    return {**values, "k": 8, "n": 200, "ci": ci}
+    tokens = {key: 40.4 if key == "greedy" else 8 * 40.4 for key in values}
+    return {**values, "k": 8, "n": 16, "tasks": 200, "not_judged": 0, "ci": ci, "tokens": tokens}
 
 
 def summary():
@@ -96,8 +97,8 @@ def lines(rows):
 def write_run(folder, *, done=True, steps=STEPS):
     folder.mkdir(exist_ok=True)
     source = {"kind": "reasoning_gym", "dataset": "chain_sum", "train": 4000, "heldout": 200, "verifier": "math"}
-    model = {"layers": 4, "width": 128, "experts": 32, "active": 8}
-    config = {"tasks": source, "model": model, "credit": {"kind": "grpo"}, "learner": {"steps": STEPS, "lr": 3e-4}}
+    base = {"kind": "warmup", "layers": 4, "width": 128}
+    config = {"tasks": source, "base": base, "credit": {"kind": "grpo"}, "learner": {"steps": STEPS, "lr": 3e-4}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text(lines(metrics(step) for step in range(steps)))
     (folder / "journal.jsonl").write_text(lines(journal()))
@@ -218,7 +219,8 @@ def test_table_shows_every_measure_with_its_interval(tmp_path):
         ("pass@8", "86.0% 80.5–90.5", "97.0% 91.5–100.0", "+11.0"),
         ("marginal@8", "60.0% 54.5–64.5", "93.0% 87.5–97.5", "+33.0"),
     ]:
-        assert f"{name} {before} {after} {points}" in words
+        tokens = "40 → 40" if name == "greedy" else "323 → 323"
+        assert f"{name} {tokens} tokens {before} {after} {points}" in words
 
 
 def test_time_that_no_phase_claims_is_shown_as_elsewhere(tmp_path):
@@ -240,10 +242,14 @@ def test_everything_left_out_is_counted_by_reason(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 120, "dropped": {"engine lost": 3}}\n')
+    data = summary()
+    data["final"]["not_judged"] = 4
+    (folder / "summary.json").write_text(json.dumps(data))
     words = page_of(folder).words
     assert "21 of 22 rollouts in the journal were scored." in words
     assert "failed: no answer within 1.0 s 1" in words
     assert "engine lost 3" in words
+    assert "held-out task that could not be judged (final) 4" in words and "judged (base)" not in words
     agreeing = sum(metrics(step)["groups_agreeing"] for step in range(STEPS))
     assert f"all its scores agree {agreeing:,}" in words
 
