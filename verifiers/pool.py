@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,7 +111,8 @@ class Pool:
 
     `workers` run at once. Those held up by one response for more than 0.1 s do not count, so that a hanging response
     delays no other: up to `spare` further workers are forked in their place. `timeout` (seconds) is the default
-    deadline of one verdict, `policies` the judges' policies by name, `memory_mb` what one worker may map beside its imports.
+    deadline of one verdict, `policies` the judges' policies by name, `memory_mb` what one worker may map beside its imports,
+    `env` further environment variables of theirs.
     Safe to use from any thread; `close()` or the end of the process stops everything.
 
     Example:
@@ -126,12 +127,14 @@ class Pool:
         timeout: float = 10.0,
         spare: int = 16,
         memory_mb: int = 2048,
-        policies: dict[str, dict[str, Any]] | None = None,
+        policies: Mapping[str, Mapping[str, Any]] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.size = workers or len(os.sched_getaffinity(0))
         if self.size < 1 or timeout <= 0:
             raise ValueError(f"Pool(workers={workers}, timeout={timeout}): both must be positive")
         self.timeout, self.spare, self.memory_mb, self.policies = timeout, spare, memory_mb, policies or {}
+        self.env = {**os.environ, **(env or {})}
         self._inbox: deque[_Item] = deque()
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
@@ -290,7 +293,7 @@ class Pool:
         """Have the nursery import the judge, so that workers start with it. Returns why it cannot, or ""."""
         if item.key not in self._ready:
             if self._nursery is None:
-                self._nursery = _Nursery(self.memory_mb)
+                self._nursery = _Nursery(self.memory_mb, self.env)
             self._ready[item.key] = self._nursery.load(item.name, item.policy)
         return self._ready[item.key]
 
@@ -371,12 +374,12 @@ class Pool:
 class _Nursery:
     """The caller's end of the process that workers are forked from."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self, memory_mb: int, env: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         start = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from verifiers.pool import _nursery; _nursery()"
         command = [sys.executable, "-c", start, str(theirs.fileno()), json.dumps(sys.path), str(memory_mb), str(os.getpid())]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True, env=env
         )
         theirs.close()
         self.socket = ours
