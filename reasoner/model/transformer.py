@@ -27,7 +27,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: ReasonerConfig, layer: int):
         super().__init__()
         self.self_attn = LatentAttention(config, layer)
-        dense = layer < config.first_k_dense_replace
+        dense = layer < min(config.first_k_dense_replace, config.num_hidden_layers)  # MTP modules never are
         self.mlp = Mlp(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -183,9 +183,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
     def __init__(self, config: ReasonerConfig):
         super().__init__(config)
         if config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings=True is not supported: servers of this format never tie; set it to False"
-            )
+            raise ValueError("tie_word_embeddings=True is not supported, servers of this format never tie: set False")
         self.model = ReasonerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -256,7 +254,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         detached: bool = False,
     ) -> list[Tensor]:
-        """Logits (B, L, V) of each MTP module: at column i, module k = 1, 2, ... knows token i + k and predicts the next.
+        """Logits (B, L, V) of each MTP module: at column i, module k >= 1 knows token i + k and predicts the next.
 
         `hidden_BLD` is the trunk's last hidden state. Where a sequence has no token i + k the logits mean nothing.
         `detached`: neither the trunk nor the embedding and head it shares with the modules get gradients.
@@ -265,11 +263,8 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         embedding, head = self.model.embed_tokens.weight, self.lm_head.weight
         if detached:
             hidden_BLD, embedding, head = hidden_BLD.detach(), embedding.detach(), head.detach()
-        x_TD, ids_T, angles = (
-            layout.take(hidden_BLD),
-            layout.take(input_ids),
-            rotary_angles(self.config, layout.positions_T),
-        )
+        x_TD, ids_T = layout.take(hidden_BLD), layout.take(input_ids)
+        angles = rotary_angles(self.config, layout.positions_T)
         logits = []
         for distance, block in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
             token_TD = F.embedding(layout.ahead(ids_T, distance, fill=0), embedding)
@@ -289,14 +284,11 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Cross-entropy of the MTP modules in nats, the mean over their tokens and then over the modules."""
         if not self.config.num_mtp_layers:
-            raise ValueError(
-                "mtp_weight needs MTP modules but num_mtp_layers=0: set num_mtp_layers to 1 or mtp_weight to 0"
-            )
+            raise ValueError("no MTP module to train, num_mtp_layers=0: set it to 1 or mtp_weight to 0")
         layout = fresh(hidden_BLD, attention_mask, position_ids)
+        ahead = self.look_ahead(hidden_BLD, input_ids, attention_mask, position_ids, detached)
         losses = []
-        for distance, logits in enumerate(
-            self.look_ahead(hidden_BLD, input_ids, attention_mask, position_ids, detached), start=2
-        ):
+        for distance, logits in enumerate(ahead, start=2):
             target_T = layout.ahead(layout.take(labels), distance, fill=-100)
             total = F.cross_entropy(layout.take(logits).float(), target_T, reduction="sum")
             losses.append(total / (target_T != -100).sum().clamp(min=1))
