@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
-from rollouts.request import Reply, Request
-from search.base import END, Sampling, Trajectory, Until, derive
+from rollouts.request import Placement, Reply, Request
+from search.base import END, Offer, Sampling, Trajectory, Until, derive
 
 if TYPE_CHECKING:
     import torch
@@ -78,18 +79,6 @@ def _require_answer(address: str) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where engines live and what each may use: the `[engine]` table of a config."""
-
-    count: int = 1
-    gpus: float = 0  # per engine; 0 runs vLLM on the CPU
-    dtype: str = "float32"
-    max_model_len: int = 256  # tokens of prompt and response together
-    max_num_seqs: int = 256
-    kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own
-
-
 @dataclass(slots=True)
 class Ledger:
     """Tokens, as the engines counted them."""
@@ -102,66 +91,100 @@ class Ledger:
 class Engines:
     """Engine actors behind the `Engine` interface. Make with `start`; `at` gives views with other sampling."""
 
-    def __init__(self, actors: list[Any], pids: list[int], sampling: Sampling, ledger: Ledger) -> None:
-        self._actors = actors
-        self._pids = pids
-        self._pending: list[tuple[int, Request, asyncio.Future]] = []
-        self._tasks: set[asyncio.Task] = set()
+    offers: frozenset[Offer] = frozenset({"logprobs"})
+
+    def __init__(self, fleet: _Fleet, sampling: Sampling) -> None:
+        self._fleet = fleet  # shared by all views
         self.sampling = sampling
-        self.ledger = ledger
 
     @classmethod
     def start(cls, checkpoint: Path, placement: Placement, sampling: Sampling, seed: int) -> Engines:
         """Place the actors and wait until each serves `checkpoint`. Raises ClusterError with what is missing."""
-        _require_resources(placement)
-        options = {
-            "num_cpus": 1,
-            "num_gpus": placement.gpus,
-            "runtime_env": {"env_vars": _environment(checkpoint, placement)},
-            "max_concurrency": 10_000,  # an async actor: many extensions wait at once
-        }
-        actors = [
-            ray.remote(_Actor)
-            .options(**options)
-            .remote(
-                str(checkpoint),
-                dtype=placement.dtype,
-                max_model_len=placement.max_model_len,
-                max_num_seqs=placement.max_num_seqs,
-                kv_cache_gib=None if placement.gpus else placement.kv_cache_gib,
-                seed=seed,
-            )
-            for _ in range(placement.count)
-        ]
-        try:
-            pids = [pid for family in ray.get([a.pids.remote() for a in actors], timeout=START_DEADLINE) for pid in family]
-            ray.get([a.init_weight_transfer_engine.remote({}) for a in actors], timeout=SYNC_DEADLINE)
-        except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"an engine did not load {checkpoint} within {START_DEADLINE:.0f} s") from None
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"an engine could not start on {checkpoint}: {_root_cause(error)}") from error
-        return cls(actors, pids, sampling, Ledger())
+        return cls(_Fleet(checkpoint, placement, seed), sampling)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._fleet.ledger
 
     def at(self, **changes: float | int | str) -> Engines:
-        return Engines(self._actors, self._pids, replace(self.sampling, **changes), self.ledger)
+        return Engines(self._fleet, replace(self.sampling, **changes))
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """`n` continuations of `path`; see `search.base.Engine`."""
         if path.end is not None:
             raise ValueError(f"a path that ended ({path.end}) cannot be extended")
-        room = self.sampling.max_tokens - sum(len(s.ids) for s in path.steps)
+        room = self.sampling.max_tokens - path.length
         if room <= 0:
             return [replace(path, end="length", seed=derive(path.seed, i)) for i in range(n)]
         requests = [Request(path.ids, derive(path.seed, i), room, until, self.sampling) for i in range(n)]
-        replies = await asyncio.gather(*(self._send(hash(path.prompt), request) for request in requests))
+        replies = await asyncio.gather(*(self._fleet.ask(hash(path.prompt), request) for request in requests))
         return [_grown(path, request, reply) for request, reply in zip(requests, replies, strict=True)]
 
-    def _send(self, key: int, request: Request) -> asyncio.Future:
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Push weights into every engine in flight (vLLM's four phases) and check the version that each reports.
+
+        Args:
+            tensors: (name in the checkpoint, tensor), the whole model.
+            version: of the policy, > 0.
+        """
+        call = self._fleet.call
+        call("start_weight_update")
+        folder = Path(tempfile.mkdtemp(prefix="reasoner-", dir="/dev/shm"))
+        try:
+            for path, digest in _chunks(tensors, folder):
+                call("update_weights", {"path": str(path), "digest": digest})
+                path.unlink()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        reported = call("finish_weight_update", version)
+        if set(reported) != {version}:
+            raise ClusterError(f"engines report versions {reported} after a push of version {version}")
+
+    def checksums(self) -> dict[str, str]:
+        """Of the loaded tensors; raises ClusterError when two engines disagree."""
+        first, *others = self._fleet.call("checksums")
+        for other in others:
+            differing = sorted(name for name in first if first[name] != other.get(name))
+            if differing:
+                raise ClusterError(f"engines hold different weights, first in {differing[0]}")
+        return first
+
+    def stop(self) -> None:
+        """End the actors and the processes they started; safe to call twice."""
+        self._fleet.stop()
+
+
+class _Fleet:
+    """The actors, and the extensions that wait to be sent to them."""
+
+    def __init__(self, checkpoint: Path, placement: Placement, seed: int) -> None:
+        _require_resources(placement)
+        self.ledger = Ledger()
+        self._pending: list[tuple[int, Request, asyncio.Future]] = []
+        self._tasks: set[asyncio.Task] = set()
+        self._pids: list[int] = []
+        make = ray.remote(_Actor).options(
+            num_cpus=1,
+            num_gpus=placement.gpus,
+            runtime_env={"env_vars": _environment(checkpoint, placement)},
+            max_concurrency=10_000,  # an async actor: many extensions wait at once
+        )
+        self._actors = [make.remote(str(checkpoint), placement, seed) for _ in range(placement.count)]
+        try:
+            families = ray.get([actor.pids.remote() for actor in self._actors], timeout=START_DEADLINE)
+            self._pids = [pid for family in families for pid in family]
+            self.call("init_weight_transfer_engine", {})
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(f"an engine did not load {checkpoint} within {START_DEADLINE:.0f} s") from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"an engine could not start on {checkpoint}: {_root_cause(error)}") from error
+
+    def ask(self, key: int, request: Request) -> asyncio.Future:
         """Queue a request for the actor of its prompt (same prompt, same prefix cache); sent at the end of this turn."""
         loop = asyncio.get_running_loop()
-        reply = loop.create_future()
         if not self._pending:
             loop.call_soon(self._flush)
+        reply = loop.create_future()
         self._pending.append((key % len(self._actors), request, reply))
         return reply
 
@@ -179,12 +202,11 @@ class Engines:
         stream = actor.extend.options(num_returns="streaming").remote(list(requests))
         try:
             for _ in requests:
-                reference = await asyncio.wait_for(anext(stream), REPLY_DEADLINE)
-                index, reply = await reference
+                index, reply = await (await asyncio.wait_for(anext(stream), REPLY_DEADLINE))
                 self.ledger.generated += len(reply.step.ids)
                 self.ledger.prefilled += reply.prefilled
-                self.ledger.cached += reply.cached
-                if not replies[index].done():
+                self.ledger.cached += reply.step.cached
+                if not replies[index].done():  # cancelled by its search
                     replies[index].set_result(reply)
         except Exception as error:  # the rim: whatever broke, the callers must hear of it
             what = f"no reply within {REPLY_DEADLINE:.0f} s" if isinstance(error, TimeoutError) else _root_cause(error)
@@ -192,35 +214,8 @@ class Engines:
                 if not reply.done():
                     reply.set_exception(ClusterError(f"an engine failed: {what}"))
 
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Push weights into every engine in flight (vLLM's four phases) and check the version that each reports.
-
-        Args:
-            tensors: (name in the checkpoint, tensor), the whole model.
-            version: of the policy, > 0.
-        """
-        self._call("start_weight_update")
-        folder = Path(tempfile.mkdtemp(prefix="reasoner-", dir="/dev/shm"))
-        try:
-            for path, digest in _chunks(tensors, folder):
-                self._call("update_weights", {"path": str(path), "digest": digest})
-                path.unlink()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        reported = self._call("finish_weight_update", version)
-        if set(reported) != {version}:
-            raise ClusterError(f"engines report versions {reported} after a push of version {version}")
-
-    def checksums(self) -> dict[str, str]:
-        """Of the loaded tensors; raises ClusterError when two engines disagree."""
-        first, *others = self._call("checksums")
-        for other in others:
-            differing = sorted(name for name in first if first[name] != other.get(name))
-            if differing:
-                raise ClusterError(f"engines hold different weights, first in {differing[0]}")
-        return first
-
-    def _call(self, method: str, *args: Any) -> list[Any]:
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """The same call on every actor, within a deadline."""
         try:
             return ray.get([getattr(a, method).remote(*args) for a in self._actors], timeout=SYNC_DEADLINE)
         except ray.exceptions.GetTimeoutError:
@@ -229,14 +224,10 @@ class Engines:
             raise ClusterError(f"{method} failed: {_root_cause(error)}") from error
 
     def stop(self) -> None:
-        """End the actors and the processes they started; safe to call twice."""
-        import psutil
-
         for actor in self._actors:
             ray.kill(actor)
-        left = [p for pid in self._pids if psutil.pid_exists(pid) for p in [psutil.Process(pid)]]
-        _, alive = psutil.wait_procs(left, timeout=5)
-        for process in alive:
+        mine = [psutil.Process(pid) for pid in self._pids if psutil.pid_exists(pid)]
+        for process in psutil.wait_procs(mine, timeout=3)[1]:
             process.kill()
         self._actors, self._pids = [], []
 
@@ -244,15 +235,13 @@ class Engines:
 class _Actor:
     """What Ray runs: a VLLMEngine, imported on the worker so that the driver never loads vllm."""
 
-    def __init__(self, checkpoint: str, **options: Any) -> None:
+    def __init__(self, checkpoint: str, placement: Placement, seed: int) -> None:
         from rollouts.vllm_engine import VLLMEngine
 
-        self._engine = VLLMEngine(checkpoint, **options)
+        self._engine = VLLMEngine(checkpoint, placement, seed)
 
     async def pids(self) -> list[int]:
         """This process and those it started; returns once the engine can work."""
-        import psutil
-
         await self._engine.ready()
         me = psutil.Process()
         return [me.pid, *(child.pid for child in me.children(recursive=True))]

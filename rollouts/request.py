@@ -1,10 +1,27 @@
-"""What crosses the wire between `cluster.Engines` and the `VLLMEngine` in an actor. Imports neither Ray nor vLLM."""
+"""What engines are told and what they answer: the wire between `cluster.Engines` and the `VLLMEngine` in an actor.
+
+Imports neither Ray nor vLLM, so that a config can be read without them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from search.base import Sampling, Step, Until
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where engines live and what each may use: the `[engine]` table of a config."""
+
+    kind: Literal["vllm", "local"] = "vllm"  # local: transformers in this process, without Ray, for debugging
+    count: int = 1
+    gpus: float = 0  # per engine; 0 runs vLLM on the CPU
+    dtype: str = "float32"
+    max_model_len: int = 256  # tokens of prompt and response together
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,4 +42,3 @@ class Reply:
     step: Step
     stopped: bool  # by the end-of-sequence token, not by a limit or a step delimiter
     prefilled: int  # prompt tokens computed
-    cached: int  # prompt tokens found in the prefix cache

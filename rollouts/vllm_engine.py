@@ -17,36 +17,26 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rollouts.request import Reply, Request
+from rollouts.request import Placement, Reply, Request
 from search.base import Step
 
 
 class VLLMEngine:
-    """One AsyncLLM on one checkpoint.
+    """One AsyncLLM on one checkpoint folder."""
 
-    Args:
-        checkpoint: folder in Hugging Face form.
-        dtype: "float32" | "bfloat16" | "auto".
-        max_model_len: prompt and response together, in tokens.
-        max_num_seqs: sequences decoded at once.
-        kv_cache_gib: memory for the KV cache on a CPU; None lets vLLM decide (GPU).
-    """
-
-    def __init__(
-        self, checkpoint: str, *, dtype: str, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None, seed: int
-    ) -> None:
-        # vLLM 0.32's CPU rotary op is wrong for the 3-D tensors of MLA (mean log-probability off by 2.5 nats).
-        rotary_cure = {"custom_ops": ["all", "-rotary_embedding"]}
+    def __init__(self, checkpoint: str, placement: Placement, seed: int) -> None:
+        on_cpu = not placement.gpus
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=checkpoint,
-                dtype=dtype,
-                seed=seed,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-                enforce_eager=kv_cache_gib is not None,
-                compilation_config=rotary_cure,
+                dtype=placement.dtype,
+                seed=seed % 2**31,
+                max_model_len=placement.max_model_len,
+                max_num_seqs=placement.max_num_seqs,
+                kv_cache_memory_bytes=int(placement.kv_cache_gib * 2**30) if on_cpu else None,
+                enforce_eager=on_cpu,
+                # vLLM 0.32's CPU rotary op is wrong for the 3-D tensors of MLA (log-probabilities off by 2.5 nats).
+                compilation_config={"custom_ops": ["all", "-rotary_embedding"]} if on_cpu else {},
                 logprobs_mode="processed_logprobs",  # of the law that is sampled from: what importance ratios need
                 worker_extension_cls="rollouts.shm_transfer.ShmWorker",
                 weight_transfer_config={"backend": "shm"},
@@ -145,15 +135,16 @@ def _reply(output) -> Reply:
     completion: CompletionOutput = output.outputs[0]
     ids = tuple(completion.token_ids)
     logprobs = completion.logprobs
+    cached = output.num_cached_tokens or 0
     step = Step(
         ids=ids,
         logprobs=tuple(_sampled_logprobs(ids, logprobs)),
         text=completion.text,
         versions=tuple((_version(s.version), s.start, s.end) for s in completion.weight_versions or ()),
+        cached=cached,
     )
-    cached = output.num_cached_tokens or 0
     stopped = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
-    return Reply(step, stopped, prefilled=len(output.prompt_token_ids) - cached, cached=cached)
+    return Reply(step, stopped, prefilled=len(output.prompt_token_ids) - cached)
 
 
 def _sampled_logprobs(ids, logprobs):

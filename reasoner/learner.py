@@ -1,0 +1,280 @@
+"""Learning, on TRL: the only file that imports trl.
+
+`PolicyTrainer` is TRL's GRPOTrainer fed with finished samples instead of its own generation; `supervise` is its
+SFTTrainer on token ids. Knows nothing of engines, verifiers or tasks. What it relies on in TRL 1.16 is pinned by
+tests/reasoner/test_trl_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import import_utils
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+import_utils.is_vllm_available = lambda min_version=None: False  # engines live in actors: keep vllm out of here
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+
+from reasoner.config import Learner  # noqa: E402
+from reasoner.credit import Sample  # noqa: E402
+from reasoner.model import balance  # noqa: E402
+
+# Shape suffixes: B samples, P prompt tokens (padded on the left), T completion tokens (padded on the right).
+
+Batches = Generator[list[Sample], dict[str, float], None]
+
+
+def learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    learner: Learner,
+    *,
+    steps: int,
+    seed: int,
+    temperature: float,
+    max_completion: int,
+    folder: Path,
+) -> None:
+    """One optimizer step per batch that the generator yields, at most `steps`; each step's metrics are sent back to it.
+
+    The generator owns the loop: what it does after a `yield` happens when the step is done.
+    """
+    args = GRPOConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        gradient_accumulation_steps=learner.micro_batches,
+        steps_per_generation=learner.micro_batches,
+        max_completion_length=max_completion,
+        temperature=temperature,
+        learning_rate=learner.lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=learner.max_grad_norm,
+        loss_type=learner.loss,
+        beta=0.0,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=learner.importance,
+        vllm_importance_sampling_clip_max=learner.importance_max,
+        **_common(seed, learner.report_to),
+    )
+    trainer = PolicyTrainer(batches, model=model, processing_class=tokenizer, args=args)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_AfterStep(lambda: balance(model, learner.balance_rate)))
+    trainer.add_callback(_OnLog(trainer.record))
+    try:
+        trainer.train()
+        trainer.finish()
+    except _NoMoreBatches:
+        pass
+
+
+class PolicyTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, its losses and its importance correction, on samples that were made elsewhere."""
+
+    def __init__(self, batches: Batches, *, args: GRPOConfig, **options: Any) -> None:
+        rows = 2 * args.steps_per_generation * max(1, args.max_steps)
+        super().__init__(
+            reward_funcs=_never_asked,
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": [""] * rows}),  # only its length is used
+            **options,
+        )
+        self.use_vllm = True  # the samples come from an engine: without this TRL ignores their log-probabilities
+        self._batches = batches
+        self._started = False
+        self.mismatch = float("nan")
+        self.step_metrics: dict[str, float] = {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self._tensors(self._next_batch())
+
+    def _next_batch(self) -> list[Sample]:
+        try:
+            if self._started:
+                return self._batches.send(self.step_metrics)
+            self._started = True
+            return next(self._batches)
+        except StopIteration:
+            raise _NoMoreBatches from None
+
+    def record(self, step: int, logs: dict[str, Any]) -> None:
+        """Keep what TRL measured in a step for the generator."""
+        names = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "clip_ratio/region_mean": "clip_ratio"}
+        if "loss" in logs:
+            found = {ours: float(logs[theirs]) for theirs, ours in names.items() if logs.get(theirs) is not None}
+            self.step_metrics = found | {"mismatch": self.mismatch}
+
+    def finish(self) -> None:
+        """Let the generator run to its end after the last step."""
+        while True:
+            self._next_batch()
+
+    def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """The batch in the form of TRL's own generation, with advantages (B, T)."""
+        batch = collate(samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        mask_BT = batch["tool_mask"]
+        with torch.no_grad():
+            logps_BT, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                mask_BT.shape[1],
+                batch_size=-(-len(mask_BT) // self.args.steps_per_generation),
+            )
+        difference_BT = (logps_BT - batch["sampling_per_token_logps"]) * mask_BT
+        self.mismatch = (difference_BT.abs().sum() / mask_BT.sum()).item()
+        return batch | {
+            "old_per_token_logps": logps_BT,
+            "importance_sampling_ratio": importance_ratio(
+                difference_BT, self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max
+            ),
+            "num_items_in_batch": mask_BT.sum(),
+        }
+
+
+def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1) -> dict[str, Tensor]:
+    """Tensors of TRL's batch. The completion of a sample begins at its first sampled token.
+
+    Rows that fill the batch up to a multiple repeat the first one with nothing to learn from it.
+    """
+    starts = [s.loss_mask.index(True) for s in samples]
+    cut = list(zip(samples, starts, strict=True))
+
+    def left(rows: list[tuple]) -> Tensor:
+        return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=pad, padding_side="left")
+
+    def right(rows: list[tuple], value: float, dtype: torch.dtype) -> Tensor:
+        return pad_sequence([torch.tensor(r, dtype=dtype) for r in rows], batch_first=True, padding_value=value)
+
+    batch = {
+        "prompt_ids": left([s.ids[:i] for s, i in cut]),
+        "completion_ids": right([s.ids[i:] for s, i in cut], pad, torch.long),
+        "completion_mask": right([(1,) * (len(s.ids) - i) for s, i in cut], 0, torch.long),
+        "tool_mask": right([s.loss_mask[i:] for s, i in cut], 0, torch.long),
+        "advantages": right([s.advantages[i:] for s, i in cut], 0.0, torch.float32),
+        "sampling_per_token_logps": right([s.logprobs[i:] for s, i in cut], 0.0, torch.float32),
+    }
+    widest = batch["prompt_ids"].shape[1]
+    batch["prompt_mask"] = torch.tensor([[0] * (widest - i) + [1] * i for i in starts])
+    if spare := -len(samples) % multiple:
+        batch = {name: torch.cat([t, t[:1].expand(spare, -1)]) for name, t in batch.items()}
+        batch["tool_mask"][-spare:] = 0
+        batch["advantages"][-spare:] = 0.0
+    return batch
+
+
+@torch.no_grad()
+def mismatch(model: PreTrainedModel, samples: Sequence[Sample], pad: int, *, rows: int = 32) -> float:
+    """Mean absolute difference of the model's and the sampler's log-probabilities of the sampled tokens, in nats.
+
+    The samples must have been drawn at temperature 1.
+    """
+    model.eval()
+    total = tokens = 0.0
+    for start in range(0, len(samples), rows):
+        batch = collate(samples[start : start + rows], pad)
+        ids_BL = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(model.device)
+        mask_BL = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(model.device)
+        kept = batch["completion_ids"].shape[1]
+        logits_BTV = model(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=kept + 1).logits[:, :-1].float()
+        logps_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, -kept:, None])[..., 0].cpu()
+        learned_BT = batch["tool_mask"]
+        total += ((logps_BT - batch["sampling_per_token_logps"]).abs() * learned_BT).sum().item()
+        tokens += learned_BT.sum().item()
+    return total / tokens
+
+
+def importance_ratio(difference_BT: Tensor, mode: str, highest: float) -> Tensor:
+    """Policy over sampler probability, per token (B, T) or per sequence (B, 1), truncated or masked at `highest`.
+
+    Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; modes as in TRL.
+    """
+    level, limit = mode.split("_")
+    log_ratio = difference_BT if level == "token" else difference_BT.sum(-1, keepdim=True)
+    ratio = log_ratio.exp()
+    return ratio.clamp(max=highest) if limit == "truncate" else ratio.masked_fill(ratio > highest, 0.0)
+
+
+def supervise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    folder: Path,
+    balance_rate: float = 0.001,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Next-token training on (token ids, loss mask) rows with TRL's SFTTrainer."""
+    labels = [[i if learned else -100 for i, learned in zip(ids, mask, strict=True)] for ids, mask in rows]
+    data = Dataset.from_dict({"input_ids": [list(ids) for ids, _ in rows], "labels": labels})
+    args = SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, steps // 10),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **_common(seed, ()),
+    )
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_AfterStep(lambda: balance(model, balance_rate)))
+    trainer.add_callback(_OnLog(lambda step, logs: progress(step, logs["loss"]) if "loss" in logs else None))
+    trainer.train()
+
+
+def _common(seed: int, report_to: Sequence[str]) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": list(report_to) or "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def _never_asked(**_: Any) -> list[float]:
+    raise AssertionError("rewards come with the samples")
+
+
+class _NoMoreBatches(Exception):
+    """The generator of batches has ended."""
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._act()
+
+
+class _OnLog(TrainerCallback):
+    def __init__(self, tell: Callable[[int, dict[str, Any]], Any]) -> None:
+        self._tell = tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        self._tell(state.global_step, logs)

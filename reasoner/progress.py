@@ -1,0 +1,123 @@
+"""What a person sees while a run goes on, and where its time and memory go. Knows nothing of models or engines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+NAMES = {"greedy": "greedy", "mean_at_k": "mean", "pass_at_k": "pass@{k}", "maj_at_k": "maj@{k}", "marginal_at_k": "max-marginal@{k}"}
+
+
+class Clock:
+    """Seconds by phase. Phases may not be nested."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+class PeakMemory:
+    """The largest resident memory of this process and its descendants together, sampled once a second."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._end.wait(1.0):
+            family = [me, *me.children(recursive=True)]
+            self.bytes = max(self.bytes, sum(map(_resident, family)))
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:  # it ended meanwhile
+        return 0
+
+
+class Screen:
+    """Progress bars on a terminal; a line now and then where there is none."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Any]:
+        """A function of (done, note) that moves the bar."""
+        if not self.console.is_terminal:
+            yield self._lines(what, total)
+            return
+        columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        with Bars(*columns, console=self.console) as bars:
+            task = bars.add_task(what, total=total, note="")
+            yield lambda done, note: bars.update(task, completed=done, note=note)
+
+    def _lines(self, what: str, total: int) -> Any:
+        def tell(done: int, note: str) -> None:
+            if done == total or done % max(1, total // 10) == 0:
+                self.say(f"{what} {done}/{total}  {note}")
+
+        return tell
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+
+def comparison(summary: dict[str, Any]) -> Table:
+    """The table that a run ends with: before, after, 95% intervals, tokens a task."""
+    base, final = summary["base"], summary["final"]
+    table = Table("held-out accuracy", "before", "95%", "after", "95%", "tokens/task")
+    for key, name in NAMES.items():
+        table.add_row(
+            name.format(k=base["k"]),
+            f"{base[key]:.1%}",
+            _interval(base["ci"][key]),
+            f"{final[key]:.1%}",
+            _interval(final["ci"][key]),
+            f"{base['tokens'][key]:.0f} → {final['tokens'][key]:.0f}",
+        )
+    return table
+
+
+def accuracies(result: dict[str, Any]) -> Table:
+    """One evaluation."""
+    table = Table("held-out accuracy", f"{result['tasks']} tasks", "95%", "tokens/task")
+    for key, name in NAMES.items():
+        table.add_row(name.format(k=result["k"]), f"{result[key]:.1%}", _interval(result["ci"][key]), f"{result['tokens'][key]:.0f}")
+    return table
+
+
+def _interval(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.1%} – {pair[1]:.1%}"

