@@ -118,7 +118,10 @@ def _names_in(folder: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def _fill(model: ReasonerForCausalLM, folder: Path, files: dict[str, Path]) -> None:
-    wanted = {name: tensor for name, tensor in export(model) if not SHARED.fullmatch(name)}
+    if any(name.endswith(GATE_UP) for name in files):  # a trainer's own save, by `save_pretrained`
+        wanted = model.state_dict()
+    else:
+        wanted = {name: tensor for name, tensor in export(model) if not SHARED.fullmatch(name)}
     missing, surplus = wanted.keys() - files.keys(), files.keys() - wanted.keys()
     if missing or surplus:
         raise ValueError(

@@ -127,6 +127,13 @@ def test_export_copies_nothing():
     assert all((p == 3).all() for p in model.parameters())
 
 
+def test_what_a_trainer_saves_by_itself_loads_too(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_other_models_load_and_export_under_their_own_names(tmp_path):
     sizes = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2

@@ -12,6 +12,12 @@ CONFIGURATIONS = {
     "groups": dict(n_group=4, topk_group=2, routed_scaling_factor=2.5),
     "all experts, weights as they are": dict(first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=2),
     "all dense": dict(first_k_dense_replace=3),
+    "yarn": dict(
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, mscale=1.0,
+            mscale_all_dim=0.7, beta_fast=32, beta_slow=1,
+        )
+    ),  # fmt: skip
     "values wider than keys": dict(v_head_dim=80, qk_nope_head_dim=16, q_lora_rank=32),
 }
 
