@@ -110,7 +110,7 @@ def TOKENS(count: int) -> Until:  # noqa: N802 (reads like END and STEP)
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine draws tokens. `temperature` 0 is greedy."""
+    """How an engine draws tokens. `temperature` 0 is greedy: logprobs are then those of the model at temperature 1."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -44,8 +44,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Mcts:
-    """`simulations` descents; each expands one leaf by up to `branch` children at once and backs their values up.
+    """`simulations` descents; each expands one leaf by up to `branch` children at once and backs the best value up.
 
+    The best and not the mean: which child to follow is the search's own choice, and bad siblings should not hide it.
     value: "score" takes the scorer's word on a child; "rollout" finishes the child and scores that (the rollout is an
     answer too). policy: "puct" or "uct". lanes: simulations in flight; they are chosen one after the other under
     virtual loss and backed up in that order, so that a tree does not depend on which finishes first.
@@ -126,12 +127,12 @@ class Mcts:
 
     @staticmethod
     def _back_up(node: Node) -> None:
-        """What a descent found: the values of the new children, or again that of a leaf that ended."""
-        values = [child.total for child in node.children] or [node.path.value or 0.0]
+        """What a descent found: the value of the best new child, or again that of a leaf that ended."""
+        value = max((child.total for child in node.children), default=node.path.value or 0.0)
         for above in node.line():
             above.flying -= 1
-            above.visits += len(values)
-            above.total += math.fsum(values)
+            above.visits += 1
+            above.total += value
 
 
 def _walk(node: Node) -> Iterator[Node]:

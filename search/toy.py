@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -74,6 +74,18 @@ class Chain:
             if not mass:
                 break
         return done, math.fsum(mass.values())
+
+    def chance(self, worth: Callable[[str], float]) -> np.ndarray:
+        """Expected worth of the answer from each token on: an exact process reward model, by one linear solve.
+
+        For chains in which an answer token ends the path.
+        """
+        known = np.array([worth(self.answers[i]) if i in self.answers else 0.0 for i in range(len(self.vocabulary))])
+        open_ = [i for i in range(len(known)) if i not in self.answers and i != self.end]
+        p = self.transition
+        solved = np.linalg.solve(np.eye(len(open_)) - p[np.ix_(open_, open_)], p[open_] @ known)
+        known[open_] = solved
+        return known
 
     def paths(self, prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], float]]:
         """Every path that ends, with its log-probability. Only for chains without cycles."""
@@ -152,13 +164,17 @@ class ChainEngine:
 
     @cached_property
     def _laws(self) -> list[tuple[tuple[tuple[int, float], ...], list[float]]]:
-        """Per token: the tempered, truncated law of the next one, and its running sums."""
+        """Per token: the tempered, truncated law of the next one, and its running sums.
+
+        Greedy choices have no law of their own: they report the model's, and sums above 1 make the first always win.
+        """
         laws = []
         for pairs in self.chain.successors:
             p = np.array([q for _, q in pairs])
             if self.sampling.temperature == 0:
-                p = np.eye(len(p))[0]
-            elif self.sampling.temperature != 1:
+                laws.append((pairs, [2.0] * len(pairs)))
+                continue
+            if self.sampling.temperature != 1:
                 p = p ** (1 / self.sampling.temperature)
                 p /= p.sum()
             if self.sampling.top_p < 1:

@@ -147,7 +147,7 @@ class Tree:
         value = float(await self.judge(path))
         if math.isnan(value):
             raise ValueError(f"the scorer gave NaN for {path.text[-80:]!r}: a scorer that cannot judge must say why")
-        record.rows.append({"kind": "score", "path": key(path), "value": value})
+        record.rows.append({"kind": "score", "ids": content(path), "value": value})
         return value
 
 
@@ -244,6 +244,11 @@ def key(path: Trajectory) -> int:
     return derive(path.seed, *path.ids)
 
 
+def content(path: Trajectory) -> int:
+    """The same for paths with the same tokens, whatever their seeds: what a score belongs to."""
+    return derive("ids", *path.ids)
+
+
 def _extend_row(
     path: Trajectory, until: Until, sampling: Sampling, children: Sequence[Trajectory], known: set[int]
 ) -> Row:
@@ -253,7 +258,13 @@ def _extend_row(
         "until": [until.kind, until.tokens],
         "sampling": asdict(sampling),
         "children": [
-            {"path": key(child), "seed": child.seed, "end": child.end, "step": _step_row(child.steps[-1])}
+            {
+                "path": key(child),
+                "ids": content(child),
+                "seed": child.seed,
+                "end": child.end,
+                "step": _step_row(child.steps[-1]),
+            }
             for child in children
         ],
     }
@@ -313,18 +324,18 @@ class Replay:
 
     async def score(self, path: Trajectory) -> float:
         for row in self.rows:
-            if row["kind"] == "score" and row["path"] == key(path):
+            if row["kind"] == "score" and row["ids"] == content(path):
                 return row["value"]
-        raise ValueError(f"the log has no score of path {key(path)}")
+        raise ValueError(f"the log has no score of {path.text[-80:]!r}")
 
 
 def nodes(rows: Iterable[Row]) -> list[Row]:
     """The tree for a person or a viewer: one node per path, parents before children, with text, logprob and score."""
     rows = list(rows)
-    scores = {row["path"]: row["value"] for row in rows if row["kind"] == "score"}
+    scores = {row["ids"]: row["value"] for row in rows if row["kind"] == "score"}
     found: dict[int, Row] = {}
 
-    def add(name: int, parent: int | None, steps: Sequence[Row], end: str | None) -> None:
+    def add(name: int, ids: int | None, parent: int | None, steps: Sequence[Row], end: str | None) -> None:
         logprob = math.fsum(lp for step in steps if step["sampled"] for lp in step["logprobs"])
         found.setdefault(
             name,
@@ -335,7 +346,7 @@ def nodes(rows: Iterable[Row]) -> list[Row]:
                 "tokens": sum(len(step["ids"]) for step in steps),
                 "logprob": logprob,
                 "sampled": all(step["sampled"] for step in steps),
-                "score": scores.get(name),
+                "score": scores.get(ids),
                 "end": end,
             },
         )
@@ -343,7 +354,7 @@ def nodes(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if row["kind"] == "extend":
             if "whole" in row:
-                add(row["path"], None, row["whole"]["steps"], None)
+                add(row["path"], None, None, row["whole"]["steps"], None)
             for child in row["children"]:
-                add(child["path"], row["path"], [child["step"]], child["end"])
+                add(child["path"], child["ids"], row["path"], [child["step"]], child["end"])
     return list(found.values())
