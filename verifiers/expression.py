@@ -28,6 +28,13 @@ Tree = tuple[Any, ...]
 CHARACTERS, TOKENS, DEPTH, DIGITS = 2000, 500, 40, 1000  # bounds on what is read
 
 
+LABEL = 12  # tokens of a unit
+_NO_LABEL = frozenset(  # words after a number that change it
+    "not no isn't to is are was or if plus minus times over by divided factorial choose more less than half halves third thirds fourth fourths quarter quarters fifth fifths "
+    "tenth tenths squared cubed root negative except but between wrong incorrect maybe possibly through either".split()
+)
+
+
 class Unreadable(ValueError):
     """The text is no mathematics that this parser knows, or it exceeds a bound."""
 
@@ -45,14 +52,14 @@ _GREEK = frozenset(
 _WORDS = frozenset("no on up am pm if it is as at to so do us we me he in of an by my go be".split())  # two letters, not a product
 _COMMANDS = {
     "times": "*", "cdot": "*", "ast": "*", "bullet": "*", "div": "/", "pm": "±", "mp": "±", "le": "<=", "leq": "<=", "leqslant": "<=",
-    "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "=",
+    "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "≈", "simeq": "≈", "thickapprox": "≈",
     "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "langle": "(", "rangle": ")", "degree": "°", "lor": "or", "vee": "or",
     "land": "and", "wedge": "and", "colon": ":", "lparen": "(", "rparen": ")",
 }  # fmt: skip
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*", "÷": "/", "⁄": "/", "∕": "/", "√": "\\sqrt ", "∛": "\\cbrt ",
-    "π": "\\pi ", "∞": "\\infty ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "≈": "=", "∪": "∪", "∩": "∩", "∖": "∖", "∈": "∈", "∅": "\\emptyset ",
+    "π": "\\pi ", "∞": "\\infty ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "∪": "∪", "∩": "∩", "∖": "∖", "∈": "∈", "∅": "\\emptyset ",
     "ℝ": "\\mathbb{R}", "º": "°", "˚": "°", "∘": "°", "±": "±", "∓": "±", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "θ": "\\theta ", "⟨": "(", "⟩": ")",
     "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}",
     "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "⅙": "\\frac{1}{6}", "⅚": "\\frac{5}{6}", "…": "...", "\u200b": "", "\ufeff": "", "\u2061": "",
@@ -69,13 +76,14 @@ _SKIP = re.compile(
     r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
     r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|,|;|:|>|!| |quad|qquad|enspace|thinspace|newline)(?![A-Za-z])|~|&nbsp;"
 )
+_UNIT_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}")
 _TEXT = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
     r"hat|bar|tilde|color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{([^{}]*)\}"
 )
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?)|\\(?P<cmd>[A-Za-z]+)|(?P<word>[A-Za-z]+)"
-    r"|(?P<op>\\\\|\\[{}|%$#&_]|<=|>=|==|!=|\*\*|\.\.\.|[-+*/^_(){}\[\],;=<>|!%°:±∪∩∖∈&'$€£¥₹\"?])"
+    r"|(?P<op>\\\\|\\[{}|%$#&_]|<=|>=|==|!=|\*\*|\.\.\.|[-+*/^_(){}\[\],;=<>|!%°:±∪∩∖∈&'$€£¥₹\"?≈])"
 )
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?")
 _SPACED = re.compile(r"\d{1,3}(?: \d{3})+(?![\d])(?:\.\d+)?(?![ ]*[/\\])")
@@ -94,6 +102,7 @@ def normalise(text: str) -> str:
     if "\\" in text or "~" in text or "{,}" in text:
         text = _THIN.sub("", text)
         text = _SKIP.sub(" ", text)
+        text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text) if "frac" in text else text
     return text
 
 
@@ -215,7 +224,7 @@ class _Reader:
         if self.depth > DEPTH:
             raise Unreadable(f"deeper than {DEPTH}")
         parts, ops = [self.ratio()], []
-        while self.here is not None and self.sees("=", "<", ">", "<=", ">=", "!=", "∈"):
+        while self.here is not None and self.sees("=", "<", ">", "<=", ">=", "!=", "∈", "≈"):
             ops.append(self.here.text)
             self.at += 1
             parts.append(self.ratio())
@@ -248,6 +257,9 @@ class _Reader:
             term = self.product()
             terms.append(term if op == "+" else ("neg", term) if op == "-" else ("pm", term))
         tree = terms[0] if len(terms) == 1 else ("add", *terms)
+        if self.here is not None and self.here.kind == "cmd" and self.here.text == "choose":
+            self.at += 1
+            return ("fn", "binom", tree, self.sum())
         return self.with_unit(tree)
 
     def product(self) -> Tree:
@@ -360,6 +372,8 @@ class _Reader:
                 break
             self.at += 1
         label = " ".join(words).replace("{", "").replace("}", "")
+        if len(words) > LABEL or any(word.lower() in _NO_LABEL for part in words for word in part.split()) and unit_of(label) is None:
+            raise Unreadable(f"{label[:40]!r} is no unit")
         if not re.search(r"[A-Za-z°]", label):
             self.at = start
             return tree
@@ -600,9 +614,6 @@ class _Reader:
         bars, self.bars = self.bars, 0
         tree = self.statements()
         self.bars = bars
-        if self.here is not None and self.here.kind == "cmd" and self.here.text == "choose":
-            self.at += 1
-            tree = ("fn", "binom", tree, self.sum())
         self.need("}")
         return ("set", *tree[1:]) if tree[0] == "list" else tree
 
@@ -676,6 +687,9 @@ class _Reader:
             return ("fn", name[1:], inner)
         if name == "begin":
             return self.matrix()
+        if name in ("angle", "triangle", "measuredangle") and self.here is not None and self.here.kind in ("word", "text"):
+            self.at += 1
+            return ("sym", f"{name} {self.tokens[self.at - 1].text}")
         if name in ("overline", "widehat", "overrightarrow"):
             return ("sym", "overline " + repr(self.argument()))
         raise Unreadable(f"\\{name} is not read")

@@ -157,6 +157,8 @@ def _bare(text: str) -> str | None:
     text = text.strip()
     if len(text) > BARE or "\n" in text.strip("$ \n"):
         return None
+    if _MATH.search(text) and re.search(r"[A-Za-z]{2,}", _MATH.sub(" ", text)) and not _MATH.match(text):
+        return None  # a sentence around a formula
     prose = re.sub(r"\\[A-Za-z]+|\$", " ", text)
     return trim(text) if len(re.findall(r"[A-Za-z]{3,}", prose)) <= 4 else None
 

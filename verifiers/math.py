@@ -48,7 +48,7 @@ class Math:
     units: Literal["optional", "required", "ignore"] = "optional"  # one side may leave them out; where both have them they must agree
     order: Literal["written", "strict"] = "written"  # tuples keep their order, sets and bare lists do not | bare lists do too
     form: Literal["any", "exact", "simplest"] = "any"  # any equal value | no rounded decimals | and no arithmetic left to do
-    digits: int = 4  # a decimal may stand for an exact number that rounds to it, from this many significant digits
+    digits: int = 6  # a decimal may stand for an exact number that rounds to it, from this many significant digits
     tolerance: float = 0.0  # relative; for references that were measured or rounded
 
     def __post_init__(self) -> None:
@@ -67,14 +67,14 @@ class Math:
     def verify(self, task: Task, response: str) -> Verdict:
         start = time.perf_counter()
         golds = _golds(task)
-        answer, marker, why = self._found(response)
-        if answer is None:
-            outcome: bool | None = False
-        elif not (answer.trees or answer.words or answer.choice):
-            outcome = any(_same_text(gold, answer) for gold in golds)
-            why = "equal as text" if outcome else f"unreadable answer: {answer.why}"
-        else:
-            outcome, why = self._against(golds, answer)
+        answer, marker, outcome = None, "", False
+        numbers.begin()
+        try:
+            answer, marker, why = self._found(response)
+            if answer is not None:
+                outcome, why = self._against(golds, answer)
+        except numbers.Exhausted as error:
+            why = f"the answer is too large to compare: {error}"
         fields = dict(
             answer=answer.text if answer is not None and answer.text else None,
             why=why,
@@ -93,14 +93,20 @@ class Math:
                 raise ValueError(f"task {task.id}: reference {task.reference!r} cannot be read ({gold.why}): give one answer in LaTeX, plain text or a box")
 
     def answer(self, response: str) -> str | None:
-        found, _, _ = self._found(response)
+        numbers.begin()
+        try:
+            found, _, _ = self._found(response)
+        except numbers.Exhausted:
+            return None
         return found.text if found is not None and found.text else None
 
     def equal(self, left: str, right: str) -> bool:
         one, other = read(left), read(right)
-        if _same_text(one, other):
-            return True
-        return self._readings(one, other) is True
+        numbers.begin()
+        try:
+            return _same_text(one, other) or self._readings(one, other) is True
+        except numbers.Exhausted:
+            return False
 
     # -- responses and references -----------------------------------------------------------------------------------
 
@@ -119,6 +125,9 @@ class Math:
         return answer, found.marker, ""
 
     def _against(self, golds: Sequence[Reading], answer: Reading) -> tuple[bool | None, str]:
+        if not (answer.trees or answer.words or answer.choice):
+            same = any(_same_text(gold, answer) for gold in golds)
+            return same, "equal as text" if same else f"unreadable answer: {answer.why}"
         outcomes = []
         for gold in golds:
             if self.form == "simplest" and answer.trees and not _finished(answer.trees[0]):
@@ -208,7 +217,8 @@ class Math:
     def _without_region(self, left: Tree, right: Tree) -> bool | None:
         """Sets with symbols in them, and inequalities in several unknowns, part by part."""
         if left[0] != right[0]:
-            return False if {left[0], right[0]} - SETS - {"rel", "tuple", "bracket", "set", "list"} else None if "rel" not in (left[0], right[0]) else False
+            comparable = {left[0], right[0]} <= SETS | {"rel", "tuple", "bracket"} and (_open(left) or _open(right))
+            return None if comparable else False
         if left[0] == "rel":
             return _same_relation(left, right)
         if len(left) != len(right):
@@ -338,6 +348,8 @@ def settle(tree: Tree) -> Tree:
 
 def _settled_relation(tree: Tree) -> Tree:
     ops, parts = tree[1], tree[2:]
+    if "≈" in ops:
+        return _settled_rounding(ops, parts)
     if ops == ("∈",):
         return settle(parts[1]) if parts[0][0] in ("sym", "tuple", "mul", "fn") else _refuse("membership of nothing")
     if any(op != "=" for op in ops):
@@ -364,6 +376,19 @@ def _settled_relation(tree: Tree) -> Tree:
             raise Refused("an equality chain that does not hold")
         return settle(last)
     return _equation(first, last)
+
+
+def _settled_rounding(ops: Sequence[str], parts: Sequence[Tree]) -> Tree:
+    """`pi ≈ 3.14` says pi, `x ≈ 3.14` says 3.14; the rounded value must be near."""
+    at = ops.index("≈")
+    exact, rounded = parts[at], parts[at + 1 :]
+    if any(op not in ("=", "≈") for op in ops) or any(symbols(part) for part in rounded):
+        raise Refused("a rounding among other relations")
+    if at == 0 and symbols(exact):
+        return settle(("rel", ("=",), exact, rounded[0])) if _name(exact) else _refuse("a rounded expression")
+    if not all(_near(exact, part, 0.02) for part in rounded):
+        raise Refused("a rounded value that is not near")
+    return settle(("rel", tuple(ops[:at]), *parts[: at + 1])) if at else settle(exact)
 
 
 def _refuse(why: str) -> Tree:
@@ -478,6 +503,11 @@ def _distinct(judge: Math, items: Sequence[Tree]) -> list[Tree]:
         if not any(judge._same(item, other) for other in found):
             found.append(item)
     return found if len(items) <= ITEMS else list(items)
+
+
+def _open(tree: Tree) -> bool:
+    """Whether a set has symbols in it other than one unknown of a relation."""
+    return bool(len(symbols(tree)) > (tree[0] == "rel"))
 
 
 def _flat(kind: str, tree: Tree) -> list[Tree]:
@@ -714,6 +744,7 @@ def _forms(text: str) -> tuple[Reading, ...]:
         return (read(""),)
     forms = tuple(read(each) for each in found.texts)
     judge = Math()
+    numbers.begin()
     if all(judge._readings(forms[0], form) for form in forms[1:]):
         return forms
     return (read(", ".join(found.texts)),)

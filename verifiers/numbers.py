@@ -22,7 +22,8 @@ from verifiers.expression import Tree
 
 BITS = 20_000  # of an exact numerator or denominator
 TERMS = 300  # of one polynomial
-WORK = 20_000  # term products of one comparison
+WORK = 4_000  # term products of one proof
+BUDGET = 8_000  # work of one judgement: term products, and evaluated nodes at a quarter each
 MAGNITUDE = 10**12  # bits of a floating-point number
 AGREE = 40  # digits to which equal values agree, of 60
 
@@ -34,8 +35,26 @@ class Beyond(Exception):
     """A bound is exceeded: the layer cannot say."""
 
 
+class Exhausted(Exception):
+    """The budget of the whole judgement is spent."""
+
+
 class Undefined(Exception):
     """The expression has no (real) value here."""
+
+
+_local = threading.local()  # of each thread: its mpmath context and what is left of its budget
+
+
+def begin() -> None:
+    """Give this thread the budget of a new judgement."""
+    _local.left = BUDGET
+
+
+def _spend(amount: float) -> None:
+    _local.left = getattr(_local, "left", BUDGET) - amount
+    if _local.left < 0:
+        raise Exhausted(f"more than {BUDGET} units of work")
 
 
 # -- layer 1: exact rationals ------------------------------------------------------------------------------------------
@@ -167,6 +186,7 @@ class _Atoms:
 
     def spend(self, amount: int) -> None:
         self.work += amount
+        _spend(amount)
         if self.work > WORK:
             raise Beyond("work budget")
 
@@ -449,9 +469,6 @@ def _factors(value: int) -> tuple[tuple[int, int], ...]:
 
 # -- layer 3: numbers at points ------------------------------------------------------------------------------------------
 
-_local = threading.local()
-
-
 def _context() -> Any:
     """This thread's own mpmath context: the shared one changes its precision while it works."""
     if not hasattr(_local, "mp"):
@@ -465,6 +482,7 @@ def _context() -> Any:
 def evaluate(tree: Tree, point: dict[str, Any], *, real: bool) -> Any:
     """The value at a point, an mpmath number. Raises Undefined (no real value where `real`) or Beyond."""
     mp = _context()
+    _spend(0.25)
     kind = tree[0]
     if kind == "num":
         return mp.mpf(tree[1].numerator) / tree[1].denominator
@@ -597,6 +615,8 @@ def equal(left: Tree, right: Tree) -> bool | None:
 
 
 def zero(tree: Tree) -> bool | None:
+    """Whether an expression is zero wherever it has a value; None when no layer can say. Raises Exhausted."""
+    _spend(1)
     try:
         value = rational(tree)
         if value is not None:

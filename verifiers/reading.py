@@ -16,7 +16,8 @@ _WRAP = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathbf|mathit|mathsf|boldsymbol|bm|rm|bf|emph|underline|operatorname)(?![A-Za-z])\s*\{([^{}]*)\}"
 )
 _LEAD = re.compile(
-    r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b\s*(?:(?:is|are|equals|:|=)\s*)*",
+    r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b\s*(?:(?:is|are|equals|:|=)\s*)*"
+    r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|therefore|thus|hence|given by|equal to)\s+",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-Ja-j])\s*(?:\)\s*[.:]?|[.:](?!\d))\s*(\S.*)?$|^\[([A-Ja-j])\]$|^([A-J])$", re.DOTALL)
@@ -78,7 +79,7 @@ def cleaned(text: str) -> str:
         text = _without_delimiters(text)
     while text.startswith("**") and text.endswith("**") and len(text) > 4:
         text = text[2:-2].strip()
-    text = _LEAD.sub("", text, count=1) if text[:1].isalpha() else text
+    text = _LEAD.sub("", _LEAD.sub("", text)) if text[:1].isalpha() else text
     text = text.strip()
     while text and text[-1] in ".,;:\n " and not text.endswith("..."):
         text = text[:-1].rstrip()

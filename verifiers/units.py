@@ -87,6 +87,7 @@ def _table() -> dict[str, Unit]:
     put("bit", 1, bit=1)
     put("byte", 8, bit=1)
     put("percent pct", Fraction(1, 100))
+    put("hundred", 100)
     put("thousand", 1000)
     put("million", 10**6)
     put("billion", 10**9)
@@ -111,31 +112,25 @@ def unit_of(label: str) -> Unit | None:
     scale, dimension = Fraction(1), {}
     sign, power, last = 1, 1, None
     pieces = _WORD.findall(label)
-    if "".join(pieces) != re.sub(r"[\s.]+", "", label):
+    if re.sub(r"\s", "", "".join(pieces)) != re.sub(r"[\s.]+", "", label):
         return None
     for piece in pieces:
         word = piece.lower()
         if piece in "*·()-":
             continue
-        if piece == "/" or word in ("per", "an", "a", "each") and last is not None:
+        if piece == "/" or (word in ("per", "an", "a", "each") and last is not None):
             sign = -1
-        elif word in ("square", "sq", "squared"):
-            if word == "squared" and last is not None:
-                scale, dimension = _multiply(scale, dimension, last[0], last[1])
-            else:
-                power = 2
-        elif word in ("cubic", "cubed"):
-            if word == "cubed" and last is not None:
-                scale, dimension = _multiply(scale, dimension, last[0], 2 * last[1])
-            else:
-                power = 3
+        elif word in ("square", "sq", "cubic"):
+            power = 3 if word == "cubic" else 2
+        elif word in ("squared", "cubed"):
+            if last is None:
+                return None
+            scale, dimension = _multiply(scale, dimension, last[0], (1 if word == "squared" else 2) * last[1])
         elif piece[0] == "^" or piece.isdigit():
             exponent = int(piece.lstrip("^ ").replace(" ", ""))
             if last is None or abs(exponent) > 6 or exponent == 0:
                 return None
             scale, dimension = _multiply(scale, dimension, last[0], (exponent - 1) * last[1])
-        elif word == "of" or word in ("the",):
-            return None
         else:
             unit = _lookup(piece)
             if unit is None:
