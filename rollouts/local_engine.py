@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -23,7 +24,12 @@ import torch
 from torch import Tensor
 
 from rollouts.request import Request
-from search.base import END, Ending, Sampling, Step, Trajectory, Until, derive
+from search.base import END, Alternative, Ending, Offer, Sampling, Step, Trajectory, Until, derive
+from search.tree import Ledger
+
+CODE_BITS = 32  # of a 53-bit arithmetic code that may be spent: what is left must stay far above rounding
+ALMOST_ONE = math.nextafter(1.0, 0.0)
+ANSWER = "<<answer>>"  # stands for the response in a chat template
 
 
 class LocalEngine:
@@ -34,9 +40,12 @@ class LocalEngine:
     the logits does. Log-probabilities are of the distribution that was sampled from, after temperature and top-p, as in
     vLLM's `processed_logprobs`; a greedy token (temperature 0) has its log-probability at temperature 1.
 
+    With `Sampling.arithmetic` the first tokens of a path use up a code instead, evenly spaced over the n children of a
+    call (Vilnis et al. 2023, arXiv:2210.15458), and the stream follows when 32 bits of it are spent.
+
     Args:
         model: a causal language model for this engine alone (it is put into eval mode; `load` writes into it).
-        tokenizer: only its `decode` and `eos_token_id` are used.
+        tokenizer: its `decode` and `eos_token_id` are used; by `write` also `encode` and the chat template.
         version: of the weights that `model` has now.
         rows: sequences decoded at once.
 
@@ -44,6 +53,8 @@ class LocalEngine:
         engine = LocalEngine(model, tokenizer, Sampling(max_tokens=64))
         paths = await engine.extend(Trajectory(prompt=(5, 3, 9), seed=1), n=8)
     """
+
+    offers: frozenset[Offer] = frozenset({"logprobs", "top", "arithmetic", "write"})
 
     def __init__(
         self, model: Any, tokenizer: Any, sampling: Sampling | None = None, *, version: int = 0, rows: int = 256
@@ -57,14 +68,9 @@ class LocalEngine:
         return self._decoder.version
 
     @property
-    def generated(self) -> int:
-        """Tokens sampled so far."""
-        return self._decoder.generated
-
-    @property
-    def prefilled(self) -> int:
-        """Tokens of prefixes read so far; equal prefixes in one batch are read once."""
-        return self._decoder.prefilled
+    def ledger(self) -> Ledger:
+        """Tokens sampled and read so far. Equal prefixes in one batch are read once, the others count as cached."""
+        return self._decoder.ledger
 
     def at(self, **changes: float | int | str) -> LocalEngine:
         """The same model, queue and counters with other sampling settings."""
@@ -72,21 +78,37 @@ class LocalEngine:
         other.sampling = replace(self.sampling, **changes)
         return other
 
-    def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Replace all weights. What is being decoded goes on under the new ones; the version spans of its step tell."""
-        self._decoder.load(tensors, version)
+    def load(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights, named as in the model's `state_dict`.
+
+        What is being decoded goes on under the new ones, and the version spans of its step tell from which token.
+        """
+        self._decoder.load(dict(tensors), version)
+
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
+        steps = path.steps
+        if path.end == "stop":
+            steps = (*steps[:-1], _without_last(steps[-1]))
+        ids = self._decoder.encode(text, turn)
+        added = Step(ids, (0.0,) * len(ids), self._decoder.text(ids), sampled=False)
+        return replace(path, steps=(*steps, added), end=None, seed=derive(path.seed, "write", text))
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
+        """See `search.base.Engine`. The limit is `max_tokens` or what the model can still read, whichever is nearer."""
         if path.end is not None:
             raise ValueError(f"the path has ended (end={path.end!r}): extend only paths whose end is None")
         if not 0 < len(path.prompt) < self._context:
             raise ValueError(f"the prompt has {len(path.prompt)} tokens: give 1 to {self._context - 1} for this model")
-        written = len(path.ids) - len(path.prompt)
-        room = min(self.sampling.max_tokens - written, self._context - len(path.ids))
+        room = min(self.sampling.max_tokens - path.length, self._context - len(path.ids))
         seeds = [derive(path.seed, i) for i in range(n)]
         if room <= 0:  # the search wrote the rest, or `at` lowered the limit
             return [replace(path, end="length", seed=seed) for seed in seeds]
         rows = [_Row(Request(path.ids, seed, room, until, self.sampling)) for seed in seeds]
+        if self.sampling.arithmetic and self.sampling.temperature > 0:
+            shift = random.Random(derive(path.seed, "codes")).random()
+            for i, row in enumerate(rows):
+                row.code = (i / n + shift) % 1
         await self._decoder.decode(rows)
         return [self._grown(path, row) for row in rows]
 
@@ -96,22 +118,37 @@ class LocalEngine:
         if row.end is None:
             whole = whole.rstrip("\ufffd")
         text = whole[len(path.text) :] if whole.startswith(path.text) else self._decoder.text(row.ids)
-        step = Step(tuple(row.ids), tuple(row.logprobs), text, versions=_spans(row.versions))
+        spans = _spans(row.versions)
+        step = Step(tuple(row.ids), tuple(row.logprobs), text, versions=spans, top=tuple(row.top), cached=row.cached)
         return path.grow(step, end=row.end, seed=row.request.seed)
 
 
 @dataclass(eq=False)
 class _Row:
-    """One sequence while it is decoded. `random.Random` is its noise: the same stream in any batch."""
+    """One sequence while it is decoded."""
 
     request: Request
+    code: float | None = None  # in [0, 1): the tokens still to come, as an arithmetic code; None: drawn from noise
+    bits: float = 0.0  # of the code that are spent
+    cached: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the weights, per token
+    top: list[tuple[Alternative, ...]] = field(default_factory=list)
     end: Ending | None = None
 
     def __post_init__(self) -> None:
-        self.noise = random.Random(self.request.seed)
+        self._noise = random.Random(self.request.seed)  # the same stream in any batch
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides the next token."""
+        return self._noise.random() if self.code is None else self.code
+
+    def narrow(self, low: float, high: float) -> None:
+        """Leave of the code what decides the tokens after the one that took [low, high)."""
+        self.bits -= math.log2(high - low)
+        rest = (self.code - low) / (high - low)
+        self.code = min(max(rest, 0.0), ALMOST_ONE) if self.bits < CODE_BITS else None
 
 
 class _Decoder:
@@ -119,7 +156,7 @@ class _Decoder:
 
     def __init__(self, model: Any, tokenizer: Any, version: int, rows: int) -> None:
         self.version = version
-        self.generated = self.prefilled = 0
+        self.ledger = Ledger()
         self._model, self._tokenizer = model, tokenizer
         self._stops = _stops(model, tokenizer)
         self._rows = rows
@@ -129,6 +166,19 @@ class _Decoder:
 
     def text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode(self, text: str, turn: bool) -> tuple[int, ...]:
+        """Text that a search adds, as ids. turn: what the chat template puts from the end of an answer to the next."""
+        if turn:
+            chat = (("user", "?"), ("assistant", ANSWER), ("user", text))
+            messages = [{"role": role, "content": content} for role, content in chat]
+            page = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = page.partition(ANSWER)[2]
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        back = self._tokenizer.decode(ids, skip_special_tokens=False)
+        if back.strip() != text.strip():
+            raise ValueError(f"the tokenizer turns {text!r} into {back!r}: write only what its vocabulary has")
+        return ids
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self._model.state_dict().keys()
@@ -164,23 +214,32 @@ class _Decoder:
         """Decode rows to their ends. A row that is complete leaves the batch."""
         if not rows:
             return
-        prefixes = {ids: i for i, ids in enumerate(dict.fromkeys(row.request.ids for row in rows))}
-        ids_PT, mask_PT = _left_padded(list(prefixes), self._model.device)
-        logits_PV, version, cache = self._forward(ids_PT, mask_PT, None)
-        self.prefilled += int(mask_PT.sum())
-        keep = [prefixes[row.request.ids] for row in rows]
-        logits_BV, mask_BT = logits_PV[keep], mask_PT[keep]
-        cache.batch_select_indices(torch.tensor(keep, device=ids_PT.device))
+        logits_BV, mask_BT, version, cache = self._prefill(rows)
         while True:
-            tokens_B, logprobs_B = _draw(logits_BV, rows)
+            law_BV = _law(logits_BV, [row.request.sampling for row in rows])
+            tokens_B = _draw(law_BV, rows)
+            logprobs_B = law_BV.gather(1, tokens_B[:, None])[:, 0]
+            self._note_top(rows, law_BV, tokens_B.tolist())
             keep = self._append(rows, tokens_B.tolist(), logprobs_B.tolist(), version)
             if not keep:
                 return
             if len(keep) < len(rows):
                 rows, tokens_B, mask_BT = [rows[i] for i in keep], tokens_B[keep], mask_BT[keep]
-                cache.batch_select_indices(torch.tensor(keep, device=ids_PT.device))
+                cache.batch_select_indices(torch.tensor(keep, device=mask_BT.device))
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             logits_BV, version, cache = self._forward(tokens_B[:, None], mask_BT, cache)
+
+    def _prefill(self, rows: list[_Row]) -> tuple[Tensor, Tensor, int, Any]:
+        """Read each distinct prefix once and hand its cache to every row that begins with it."""
+        prefixes = {ids: i for i, ids in enumerate(dict.fromkeys(row.request.ids for row in rows))}
+        ids_PT, mask_PT = _left_padded(list(prefixes), self._model.device)
+        logits_PV, version, cache = self._forward(ids_PT, mask_PT, None)
+        owner = [prefixes[row.request.ids] for row in rows]
+        cache.batch_select_indices(torch.tensor(owner, device=ids_PT.device))
+        for i, row in enumerate(rows):
+            row.cached = len(row.request.ids) if owner[i] in owner[:i] else 0
+        self.ledger += Ledger(prefilled=int(mask_PT.sum()), cached=sum(row.cached for row in rows))
+        return logits_PV[owner], mask_PT[owner], version, cache
 
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Any) -> tuple[Tensor, int, Any]:
         """Logits after the last token, the version of the weights that made them, the cache."""
@@ -202,8 +261,23 @@ class _Decoder:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.versions.append(version)
-        self.generated += len(rows)
+        self.ledger += Ledger(generated=len(rows))
         return [i for i, row in enumerate(rows) if not self._complete(row)]
+
+    def _note_top(self, rows: list[_Row], law_BV: Tensor, tokens: list[int]) -> None:
+        """Record the likeliest tokens for the rows that asked, the sampled one among them."""
+        most = max(row.request.sampling.top for row in rows)
+        if not most:
+            return
+        top_BK, ids_BK = law_BV.topk(min(most, law_BV.shape[1]))
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            wanted = row.request.sampling.top
+            pairs = list(zip(ids_BK[i, :wanted].tolist(), top_BK[i, :wanted].tolist(), strict=True))
+            if wanted and token not in ids_BK[i, :wanted]:
+                pairs.append((token, law_BV[i, token].item()))
+            row.top.append(
+                tuple(Alternative(t, lp, self.text([t]), t in self._stops) for t, lp in pairs if lp > -math.inf)
+            )
 
     def _complete(self, row: _Row) -> bool:
         """Whether the row's extension is done. Sets `end` when the answer is done, too."""
@@ -220,20 +294,30 @@ class _Decoder:
         return row.end is not None
 
 
-def _draw(logits_BV: Tensor, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability in nats."""
-    heat_B = logits_BV.new_tensor([row.request.sampling.temperature for row in rows])
-    greedy_B = heat_B == 0
-    logprobs_BV = (logits_BV / heat_B.masked_fill(greedy_B, 1.0)[:, None]).log_softmax(-1)
-    top_p_B = logits_BV.new_tensor([row.request.sampling.top_p for row in rows])
-    cut_B = (top_p_B < 1) & ~greedy_B
+def _law(logits_BV: Tensor, sampling: list[Sampling]) -> Tensor:
+    """Log-probabilities that each row samples from; those at temperature 1 for a greedy row."""
+    heat_B = logits_BV.new_tensor([each.temperature or 1.0 for each in sampling])
+    law_BV = (logits_BV / heat_B[:, None]).log_softmax(-1)
+    cut_B = torch.tensor([each.top_p < 1 and each.temperature > 0 for each in sampling], device=law_BV.device)
     if cut_B.any():
-        logprobs_BV = torch.where(cut_B[:, None], _nucleus(logprobs_BV, top_p_B), logprobs_BV)
-    cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-    noise_B1 = cdf_BV.new_tensor([row.noise.random() for row in rows])[:, None]
-    drawn_B1 = torch.searchsorted(cdf_BV, noise_B1 * cdf_BV[:, -1:], right=True).clamp(max=cdf_BV.shape[1] - 1)
-    tokens_B = torch.where(greedy_B, logprobs_BV.argmax(-1), drawn_B1[:, 0])
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+        top_p_B = law_BV.new_tensor([each.top_p for each in sampling])
+        law_BV = torch.where(cut_B[:, None], _nucleus(law_BV, top_p_B), law_BV)
+    return law_BV
+
+
+def _draw(law_BV: Tensor, rows: list[_Row]) -> Tensor:
+    """One token per row."""
+    cdf_BV = law_BV.double().exp().cumsum(-1)
+    cdf_BV /= cdf_BV[:, -1:].clone()
+    uniform_B1 = cdf_BV.new_tensor([row.uniform() for row in rows])[:, None]
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B1, right=True)[:, 0]
+    greedy_B = torch.tensor([row.request.sampling.temperature == 0 for row in rows], device=law_BV.device)
+    tokens_B = torch.where(greedy_B, law_BV.argmax(-1), drawn_B)
+    for i, row in enumerate(rows):
+        if row.code is not None:
+            token = int(tokens_B[i])
+            row.narrow(cdf_BV[i, token - 1].item() if token else 0.0, cdf_BV[i, token].item())
+    return tokens_B
 
 
 def _nucleus(logprobs_BV: Tensor, top_p_B: Tensor) -> Tensor:
@@ -257,6 +341,13 @@ def _stops(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def _without_last(step: Step) -> Step:
+    """The step less the token that ended the path."""
+    n = len(step.ids) - 1
+    spans = tuple((version, start, min(end, n)) for version, start, end in step.versions if start < n)
+    return replace(step, ids=step.ids[:n], logprobs=step.logprobs[:n], top=step.top[:n], versions=spans)
 
 
 def _spans(versions: list[int]) -> tuple[tuple[int, int, int], ...]:
