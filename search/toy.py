@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -125,6 +125,7 @@ class ChainEngine:
     def _grow(self, path: Trajectory, child: int, code: float | None, until: Until) -> Trajectory:
         seed = derive(path.seed, child)
         draw = random.Random(seed).random
+        laws = _laws(self.chain, self.sampling.temperature, self.sampling.top_p)
         last = path.ids[-1]
         room = self.sampling.max_tokens - path.length
         limit = min(room, until.tokens) if until.kind == "tokens" else room
@@ -133,7 +134,7 @@ class ChainEngine:
         top = []
         end: Ending | None = None
         while len(ids) < limit:
-            law, sums = self._laws[last]
+            law, sums = laws[last]
             u = draw() if code is None else code
             at = min(bisect.bisect_right(sums, u), len(law) - 1)
             token, p = law[at]
@@ -162,27 +163,31 @@ class ChainEngine:
         words = self.chain.vocabulary
         return tuple(Alternative(i, math.log(q), words[i], i == self.chain.end) for i, q in chosen)
 
-    @cached_property
-    def _laws(self) -> list[tuple[tuple[tuple[int, float], ...], list[float]]]:
-        """Per token: the tempered, truncated law of the next one, and its running sums.
 
-        Greedy choices have no law of their own: they report the model's, and sums above 1 make the first always win.
-        """
-        laws = []
-        for pairs in self.chain.successors:
-            p = np.array([q for _, q in pairs])
-            if self.sampling.temperature == 0:
-                laws.append((pairs, [2.0] * len(pairs)))
-                continue
-            if self.sampling.temperature != 1:
-                p = p ** (1 / self.sampling.temperature)
-                p /= p.sum()
-            if self.sampling.top_p < 1:
-                p = np.where(np.cumsum(p) - p < self.sampling.top_p, p, 0)
-                p /= p.sum()
-            law = tuple((i, float(q)) for (i, _), q in zip(pairs, p, strict=True) if q > 0)
-            laws.append((law, np.cumsum([q for _, q in law]).tolist()))
-        return laws
+Law = tuple[tuple[tuple[int, float], ...], list[float]]
+
+
+@lru_cache(maxsize=64)
+def _laws(chain: Chain, temperature: float, top_p: float) -> list[Law]:
+    """Per token: the tempered, truncated law of the next one, and its running sums.
+
+    Greedy choices have no law of their own: they report the model's, and sums above 1 make the first always win.
+    """
+    laws = []
+    for pairs in chain.successors:
+        if temperature == 0:
+            laws.append((pairs, [2.0] * len(pairs)))
+            continue
+        p = np.array([q for _, q in pairs])
+        if temperature != 1:
+            p = p ** (1 / temperature)
+            p /= p.sum()
+        if top_p < 1:
+            p = np.where(np.cumsum(p) - p < top_p, p, 0)
+            p /= p.sum()
+        law = tuple((i, float(q)) for (i, _), q in zip(pairs, p, strict=True) if q > 0)
+        laws.append((law, np.cumsum([q for _, q in law]).tolist()))
+    return laws
 
 
 def same_number(left: str, right: str) -> bool:

@@ -41,6 +41,15 @@ def toy(search, seed=0, score=chance, chain=CHAIN, **sampling):
     return run(search, chain.root(seed), ChainEngine(chain, Sampling(**sampling)), score)
 
 
+def many(search, seeds, score=None, chain=CHAIN):
+    """The same without a tree, for each of many seeds, in one event loop."""
+
+    async def each():
+        return [await search.run(chain.root(seed), ChainEngine(chain), score) for seed in range(seeds)]
+
+    return asyncio.run(each())
+
+
 # -- sampling -------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +233,7 @@ def twist(chain, seed):
 def test_particle_evidence_is_unbiased(until, ess):
     chain = random_chain(7)
     score, exact = twist(chain, 7)
-    runs = [toy(Particle(n=6, until=until, ess=ess), seed, score, chain) for seed in range(400)]
+    runs = many(Particle(n=6, until=until, ess=ess), 400, score, chain)
     values = [math.exp(evidence(paths)) for paths in runs]
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     assert abs(np.mean(values) - sum(exact.values())) < 4 * error
@@ -237,7 +246,7 @@ def test_particles_guided_by_scores_still_estimate_the_model_s_own_marginal():
     chain = random_chain(7)
     score, _ = twist(chain, 7)
     exact, _ = chain.marginals()
-    runs = [toy(Particle(n=6, ess=1.0, target="model"), seed, score, chain) for seed in range(500)]
+    runs = many(Particle(n=6, ess=1.0, target="model"), 400, score, chain)
     for answer in exact:
         values = [sum(math.exp(p.log_weight) for p in paths if chain.answer(p.text) == answer) for paths in runs]
         assert abs(np.mean(values) - exact[answer]) < 4 * np.std(values, ddof=1) / math.sqrt(len(values))
@@ -247,7 +256,7 @@ def test_particles_counted_without_their_weights_fail_the_same_test():
     chain = random_chain(7)
     score, _ = twist(chain, 7)
     exact, _ = chain.marginals()
-    runs = [toy(Particle(n=6, ess=1.0, target="model"), seed, score, chain) for seed in range(500)]
+    runs = many(Particle(n=6, ess=1.0, target="model"), 400, score, chain)
     worst = 0.0
     for answer in exact:
         values = [sum(chain.answer(p.text) == answer for p in paths) / len(paths) for paths in runs]
@@ -281,8 +290,7 @@ def test_distinct_paths_give_unbiased_masses(n):
     chain = random_chain(3)
     exact, _ = chain.marginals()
     totals = {answer: [] for answer in exact}
-    for seed in range(400):
-        paths = toy(Distinct(n=n), seed, None, chain)
+    for paths in many(Distinct(n=n), 400, chain=chain):
         assert len({p.ids for p in paths}) == len(paths) == n
         masses = estimate(paths, answer=chain.answer, method="gumbel").masses
         for answer in exact:
@@ -294,9 +302,7 @@ def test_distinct_paths_give_unbiased_masses(n):
 def test_distinct_paths_summed_without_weights_fail_the_same_test():
     chain = random_chain(3)
     exact, _ = chain.marginals()
-    values = [
-        sum(math.exp(p.logprob) for p in toy(Distinct(n=3), seed, None, chain)) for seed in range(100)
-    ]
+    values = [sum(math.exp(p.logprob) for p in paths) for paths in many(Distinct(n=3), 100, chain=chain)]
     assert abs(np.mean(values) - sum(exact.values())) > 4 * np.std(values, ddof=1) / 10
 
 
@@ -304,7 +310,7 @@ def test_first_of_distinct_paths_is_an_ordinary_sample():
     chain = random_chain(5)
     probability = dict(chain.paths())
     n = 600
-    firsts = [toy(Distinct(n=1), seed, None, chain)[0].ids[1:] for seed in range(n)]
+    firsts = [paths[0].ids[1:] for paths in many(Distinct(n=1), n, chain=chain)]
     for ids, lp in sorted(probability.items(), key=lambda pair: -pair[1])[:5]:
         p = math.exp(lp)
         assert abs(firsts.count(ids) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
@@ -321,8 +327,7 @@ def test_mass_beyond_the_listed_tokens_is_reported_and_not_lost():
     chain = random_chain(3)
     exact, _ = chain.marginals()
     masses, lost = [], []
-    for seed in range(400):
-        paths = toy(Distinct(n=3, top=2), seed, None, chain)
+    for paths in many(Distinct(n=3, top=2), 300, chain=chain):
         assert all(p.end == ("length" if UNLISTED in p.ids else "stop") for p in paths)
         got = estimate(paths, answer=chain.answer, method="gumbel")
         lost.append(got.unfinished)
@@ -334,8 +339,7 @@ def test_mass_beyond_the_listed_tokens_is_reported_and_not_lost():
 def test_distinct_sampling_beats_the_vote_at_equal_paths():
     def error(search, method, repeats=60):
         wrong = []
-        for seed in range(repeats):
-            paths = toy(search, seed, None)
+        for paths in many(search, repeats):
             got = estimate(paths, equal=same_number, answer=CHAIN.answer, method=method, normalise=True)
             wrong.append(sum(m for a, m in got.masses.items() if same_number(a, "18")) - 0.5893)
         return math.sqrt(np.mean(np.square(wrong)))
