@@ -136,7 +136,8 @@ def _as_script(code):
             print(end.code, file=sys.stderr)
     except BaseException as error:
         status = 1
-        sys.excepthook(type(error), error, error.__traceback__.tb_next)  # without our own frame
+        error = error.with_traceback(error.__traceback__.tb_next)  # without our own frame
+        sys.excepthook(type(error), error, error.__traceback__)
     try:
         import atexit
 

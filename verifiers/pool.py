@@ -415,9 +415,12 @@ class _Nursery:
             raise _NurseryLost from error
 
     def close(self) -> None:
-        self.socket.close()
-        self.process.kill()
-        self.process.wait()
+        self.socket.close()  # at which it ends its workers and itself
+        try:
+            self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:  # it is importing a judge; the workers die with it
+            self.process.kill()
+            self.process.wait()
 
 
 class _NurseryLost(Exception):
