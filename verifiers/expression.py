@@ -76,6 +76,9 @@ _SKIP = re.compile(
     r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
     r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|,|;|:|>|!| |quad|qquad|enspace|thinspace|newline)(?![A-Za-z])|~|&nbsp;"
 )
+_CELSIUS = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))")
+_OHM = re.compile(r"(?<=\d)\s*\\Omega(?![A-Za-z])")
+_MICRO = re.compile(r"(?<=\d)\s*\\mu\s*\\(?:text|mathrm)\s*\{\s*([mgsLCFA])\s*\}")
 _UNIT_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}")
 _TEXT = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
@@ -103,6 +106,9 @@ def normalise(text: str) -> str:
         text = _THIN.sub("", text)
         text = _SKIP.sub(" ", text)
         text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text) if "frac" in text else text
+        text = _MICRO.sub(r"\\text{mu\1}", _OHM.sub(r"\\text{ohm}", text))
+    if "circ" in text or "°" in text:
+        text = _CELSIUS.sub(r" \\text{deg\1\2}", text)
     return text
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from verifiers import numbers
 from verifiers.base import Task, Verdict
-from verifiers.expression import Tree
+from verifiers.expression import FUNCTIONS, Tree
 from verifiers.extract import final
 from verifiers.numbers import rational_or_none, symbols
 from verifiers.reading import Reading, read
@@ -143,7 +143,11 @@ class Math:
     def _readings(self, gold: Reading, answer: Reading) -> bool | None:
         """Any reading of one against any of the other, but not both second readings."""
         if gold.choice and answer.choice:
-            return gold.choice == answer.choice
+            both = gold.text != gold.choice and answer.text != answer.choice
+            return gold.choice == answer.choice and (not both or self._contents(gold, answer))
+        return self._contents(gold, answer)
+
+    def _contents(self, gold: Reading, answer: Reading) -> bool | None:
         if gold.words and answer.words:
             return gold.words == answer.words
         if not gold.trees:
@@ -174,7 +178,7 @@ class Math:
         if "named" in kinds:
             return self._named(left, right)
         if "equation" in kinds:
-            return _proportional(left[1], right[1], positive=False) if kinds == {"equation"} else False
+            return self._equations(left, right)
         if "rel" in kinds or kinds & SETS:
             return self._regions(left, right)
         if kinds & COLLECTIONS:
@@ -188,17 +192,27 @@ class Math:
         if left[0] == right[0]:
             if left[1] == right[1]:
                 return self._settled(left[2], right[2])
-            if "(" in left[1] + right[1] and left[1][0] == right[1][0]:
+            if "(" in left[1] + right[1] and (left[1][0] == right[1][0] or "y" in (left[1], right[1])):
                 return self._settled(left[2], right[2])
-            if symbols(left[2]) and symbols(right[2]):
+            if "(" not in left[1] + right[1] and symbols(left[2]) and symbols(right[2]):
                 return _proportional(_difference(left), _difference(right), positive=False)
             return False
         named, other = (left, right) if left[0] == "named" else (right, left)
         if other[0] == "equation":
             return _proportional(_difference(named), other[1], positive=False)
         if other[0] == "rel" or other[0] in SETS:
-            return self._regions(("set", named[2]), other)
+            return self._regions(("set", *(named[2][1:] if named[2][0] == "list" else named[2:3])), other)
         return self._settled(named[2], other)
+
+    def _equations(self, left: Tree, right: Tree) -> bool | None:
+        """Equations up to a factor; `m + n = 25` also says 25, because only its right side is a number."""
+        if left[0] == right[0]:
+            return _proportional(left[1], right[1], positive=False)
+        equation, other = (left, right) if left[0] == "equation" else (right, left)
+        _, _, first, last = equation
+        if symbols(last) or symbols(other) or other[0] in COLLECTIONS or _has_number(first):
+            return False
+        return self._settled(settle(last), other)
 
     def _regions(self, left: Tree, right: Tree) -> bool | None:
         if left == right:
@@ -217,7 +231,7 @@ class Math:
     def _without_region(self, left: Tree, right: Tree) -> bool | None:
         """Sets with symbols in them, and inequalities in several unknowns, part by part."""
         if left[0] != right[0]:
-            comparable = {left[0], right[0]} <= SETS | {"rel", "tuple", "bracket"} and (_open(left) or _open(right))
+            comparable = {left[0], right[0]} <= SETS | {"rel", "tuple", "bracket"} and ("rel" in (left[0], right[0]) or _open(left) or _open(right))
             return None if comparable else False
         if left[0] == "rel":
             return _same_relation(left, right)
@@ -368,7 +382,7 @@ def _settled_relation(tree: Tree) -> Tree:
             return _equation(first, last)
         return ("named", name, value, first)
     if not any(symbols(part) for part in parts):
-        if first[0] in ("num", "const") or not _chain(parts):
+        if all(part[0] in ("num", "const") for part in parts) or not _chain(parts):
             raise Refused("an equality without an unknown that says nothing or is false")
         return settle(last)
     if len(parts) > 2:
@@ -401,7 +415,7 @@ def _equation(left: Tree, right: Tree) -> Tree:
         raise Refused("an equation between collections")
     if numbers.zero(difference) is not False:
         raise Refused("an equation that always holds")
-    return ("equation", difference)
+    return ("equation", difference, left, right)
 
 
 def _name(tree: Tree) -> str | None:
@@ -412,6 +426,10 @@ def _name(tree: Tree) -> str | None:
         return f"{tree[1][5:]}({tree[2][1] if tree[2][0] == 'sym' else repr(tree[2])})"
     if tree[0] == "mul" and len(tree) == 3 and tree[1][0] == tree[2][0] == "sym" and tree[1][1].isupper():
         return f"{tree[1][1]}({tree[2][1]})"
+    if tree[0] == "mul" and len(tree) == 3 and tree[1][0] == "pow" and tree[1][1][0] == tree[2][0] == "sym" and tree[1][2] == ("neg", ("num", Fraction(1), 0)):
+        return f"{tree[1][1][1]}^-1({tree[2][1]})"
+    if tree[0] == "fn" and tree[1] in FUNCTIONS and len(tree) == 3 and tree[2][0] == "sym":
+        return f"{tree[1]} {tree[2][1]}"
     if tree[0] == "tuple" and all(part[0] == "sym" for part in tree[1:]):
         return "(" + ",".join(part[1] for part in tree[1:]) + ")"
     if tree[0] == "mul" and all(part[0] == "sym" for part in tree[1:]) and all(part[1].isupper() for part in tree[1:]):
@@ -427,16 +445,18 @@ def _chain(parts: Sequence[Tree]) -> bool:
 
 def _settled_list(tree: Tree) -> Tree:
     parts = _opened(tree[1:])
+    if parts[0][0] == "rel" and parts[0][1] == ("!=",) and not any(part[0] == "rel" for part in parts[1:]):  # x != 1, 2
+        parts = [parts[0], *(("rel", ("!=",), parts[0][2], part) for part in parts[1:])]
     if any(part[0] == "rel" and any(op != "=" for op in part[1]) for part in parts):
         return _relations(parts)
     named = [settle(part) for part in parts]
     names = [part[1] for part in named if part[0] == "named"]
     if names and len(names) < len(named):
         if len(set(names)) == 1 and named[0][0] == "named":  # x = 1, 2
-            return ("list", *(part[2] if part[0] == "named" else part for part in named))
+            return ("named", names[0], ("list", *(part[2] if part[0] == "named" else part for part in named)), named[0][3])
         return ("list", *named)
     if names and len(set(names)) == 1:  # x = 1 or x = 2
-        return ("list", *(part[2] for part in named))
+        return ("named", names[0], ("list", *(part[2] for part in named)), named[0][3])
     return ("list", *named)
 
 
@@ -503,6 +523,10 @@ def _distinct(judge: Math, items: Sequence[Tree]) -> list[Tree]:
         if not any(judge._same(item, other) for other in found):
             found.append(item)
     return found if len(items) <= ITEMS else list(items)
+
+
+def _has_number(tree: Tree) -> bool:
+    return tree[0] == "num" or any(_has_number(part) for part in tree[1:] if isinstance(part, tuple))
 
 
 def _open(tree: Tree) -> bool:
@@ -582,23 +606,19 @@ def _value_at(tree: Tree, point: dict[str, Fraction]) -> Any | None:
 
 
 def _same_relation(left: Tree, right: Tree) -> bool | None:
-    """Inequalities in several unknowns: the same sides up to a positive factor."""
-    if len(left[1]) != 1 or len(right[1]) != 1:
-        return left == right
-    one, two = _downward(left), _downward(right)
-    if one is None or two is None or one[0] != two[0]:
+    """Inequalities in several unknowns: link by link the same sides up to a positive factor."""
+    one, two = _upward(left), _upward(right)
+    if len(one) != len(two):
         return False
-    return _proportional(one[1], two[1], positive=one[0] != "!=")
+    return _all(op == other and _proportional(a, b, positive=op != "!=") for (op, a), (other, b) in zip(one, two, strict=True))
 
 
-def _downward(tree: Tree) -> tuple[str, Tree] | None:
-    """`a > b` as `b - a < 0`."""
-    (op,), a, b = tree[1], tree[2], tree[3]
-    if op not in ("<", "<=", ">", ">=", "!="):
-        return None
-    if op[0] == ">":
-        a, b, op = b, a, op.replace(">", "<")
-    return op, ("add", a, ("neg", b))
+def _upward(tree: Tree) -> list[tuple[str, Tree]]:
+    """`c > b > a` as the links `a - b < 0`, `b - c < 0`."""
+    ops, parts = tree[1], tree[2:]
+    if all(op[0] == ">" for op in ops):
+        ops, parts = [op.replace(">", "<") for op in reversed(ops)], parts[::-1]
+    return [(op, ("add", a, ("neg", b))) for op, a, b in zip(ops, parts, parts[1:], strict=False)]
 
 
 def _based(left: Tree, right: Tree) -> bool:

@@ -24,6 +24,7 @@ _CHOICE = re.compile(r"^\(?\s*([A-Ja-j])\s*(?:\)\s*[.:]?|[.:](?!\d))\s*(\S.*)?$|
 _OTHER_CHOICE = re.compile(r"^(?:or|and)\b|^[,;/&+*^=<>]|(?:^|[\s,;])\(?[A-J](?:[).:]|$|\s*(?:,|or|and)\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z\s'\-.,&]*")
 _KNOWN = FUNCTIONS | frozenset("pi inf infinity and or frac alpha beta gamma delta theta lambda mu phi omega sigma tau rho".split())
+_FOREIGN = re.compile(r"(?=.*[^\W\d_a-zA-Z]{2})(?!.*[α-ωΑ-Ω])[^\W\d_][\w\s'.,-]*")  # words in other alphabets, or with accents
 _CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*[ap]\.?m\.?", re.IGNORECASE)
 _NAMED_NUMBER = re.compile(r"(?!sqrt|cbrt|infinity|" + "|".join(sorted(w for w in _KNOWN if len(w) > 3)) + r")[A-Za-z]{4,},? \d{1,4}(?:(?:st|nd|rd|th)?,? \d{1,4})?")  # June 20, 1999
 _SPELLED = {
@@ -52,15 +53,21 @@ def read(text: str) -> Reading:
         clean = cleaned(text)
     except Unreadable as error:
         return Reading("", (), why=str(error))
-    if not re.search(r"[0-9A-Za-z∅]", clean):
+    if not re.search(r"\w", clean) and "emptyset" not in clean and not re.fullmatch(r"\\\{\s*\\\}", clean):
         return Reading("", (), why="an empty answer")
     letter, rest = _choice(clean)
     if letter:
         inner = read(rest) if rest else None
-        return Reading(letter, inner.trees if inner else (("sym", letter),), words=inner.words if inner else "", choice=letter)
+        text = f"({letter}) {inner.text}" if inner else letter
+        return Reading(text, inner.trees if inner else (("sym", letter),), words=inner.words if inner else "", choice=letter)
     plain = _unwrapped(clean)
+    lead = _LEAD.match(plain) if plain != clean else None
+    if lead and lead.end() < len(plain):
+        return read(plain[lead.end() :])
     if _is_words(plain, wrapped=plain != clean):
         return _words(plain)
+    if not clean.isascii() and _FOREIGN.fullmatch(plain):
+        return Reading(plain, (), words=" ".join(plain.casefold().split()))
     trees, why = _trees(plain if _WRAP.fullmatch(clean) else clean)
     if not trees and plain != clean:
         trees, again = _trees(plain)
