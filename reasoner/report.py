@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 MEASURES = ("greedy", "mean_at_k", "pass_at_k", "maj_at_k", "marginal_at_k")  # of held-out tasks, in [0, 1]
-PHASES = ("warmup", "rollouts", "verify", "learn", "sync", "eval")  # each has its colour in STYLE
+PHASES = ("warmup", "start", "rollouts", "learn", "sync", "eval")  # each has its colour in STYLE
+BESIDE = "verify"  # seconds of the verifiers' own processes, while rollouts run: not a part of the total
 SUBJECTS = ("tasks", "base", "search", "credit", "learner")  # sections of the config that say what was done
 CHARTS = (  # title, keys of metrics.jsonl
     ("Reward in training", ("reward_mean", "solved_fraction")),
@@ -30,11 +31,13 @@ CHARTS = (  # title, keys of metrics.jsonl
     ("Entropy of the policy, nats", ("entropy",)),
     ("Engine against learner, |Δ log p|", ("mismatch",)),
     ("Importance ratio, mean", ("ratio_mean",)),
+    ("Clipped tokens, fraction", ("clip_ratio",)),
+    ("Responses cut at the limit, fraction", ("truncated_fraction",)),
     ("Loss", ("loss",)),
     ("Gradient norm", ("grad_norm",)),
     ("Tokens generated per step", ("tokens_generated",)),
 )
-UNPLOTTED = {"step", "version"}  # the axis, and what follows it
+UNPLOTTED = {"step", "version", "rollouts"}  # the axis, and what follows from the config
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -206,9 +209,6 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if first is not None:
         after = f" → {last:.2g}" if last is not None else ""
         yield "mismatch, |Δ log p|", f"{first:.2g}{after}"
-    versions = summary.get("versions")
-    if versions is not None:
-        yield "policy versions", _integer(len(versions)) if isinstance(versions, (list, dict)) else str(versions)
     if _number(summary.get("peak_rss_bytes")) is not None:
         yield "peak memory", f"{summary['peak_rss_bytes'] / 1e9:.1f} GB"
     if summary.get("seed") is not None:
@@ -283,20 +283,20 @@ def _curves(run: Run) -> str:
 def _time(run: Run) -> str:
     per_step = {k.removeprefix("seconds_"): _series(run, k) for k in _seconds_keys(run)}
     whole = run.summary.get("seconds") if isinstance(run.summary.get("seconds"), Mapping) else {}
-    spent = {k: s for k, v in whole.items() if k != "total" and (s := _number(v)) is not None}
-    spent = spent or {k: sum(v for _, v in points) for k, points in per_step.items()}
+    spent = {k: s for k, v in whole.items() if k != "total" and (s := _number(v))}
+    spent = spent or {k: sum(v for _, v in points) for k, points in per_step.items() if points}
+    beside, total, notes = spent.pop(BESIDE, None), _number(whole.get("total")), []
     if not spent:
         return ""
-    total, note = _number(whole.get("total")), ""
     if total is not None and sum(spent.values()) > 1.01 * total:
-        note = f"The phases overlap: together {_duration(sum(spent.values()))}, by the clock {_duration(total)}."
+        notes.append(f"The phases overlap: together {_duration(sum(spent.values()))}, by the clock {_duration(total)}.")
     elif total is not None:
-        spent["elsewhere"] = total - sum(spent.values())
-    steps = _stacked_chart({k: points for k, points in per_step.items() if points})
-    return (
-        f'<section><h2>Where the time went</h2>{_stacked_bar(spent)}'
-        f'{f"""<p class="note">{note}</p>""" if note else ""}{steps}</section>'
-    )
+        spent["elsewhere"] = max(0.0, total - sum(spent.values()))
+    if beside is not None:
+        notes.append(f"The verifiers worked {_duration(beside)} in their own processes, while rollouts ran.")
+    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+    steps = _stacked_chart({k: points for k, points in per_step.items() if points and k != BESIDE})
+    return f"<section><h2>Where the time went</h2>{_stacked_bar(spent)}{note}{steps}</section>"
 
 
 def _seconds_keys(run: Run) -> list[str]:
@@ -305,14 +305,13 @@ def _seconds_keys(run: Run) -> list[str]:
 
 
 def _left_out(run: Run) -> str:
-    reasons = Counter(run.reasons)
+    told = [row["dropped"] for row in run.metrics if isinstance(row.get("dropped"), Mapping)]
+    reasons = Counter() if told else Counter(run.reasons)  # the same rollouts, counted by the loop or in the journal
+    for drops in told:
+        reasons.update({str(why): int(_number(count) or 0) for why, count in drops.items()})
     agreeing = sum(value for _, value in _series(run, "groups_agreeing"))
     if agreeing:
         reasons["group not learned from: all its scores agree"] = int(agreeing)
-    for row in run.metrics:
-        for key, value in row.items():
-            if "drop" in key and isinstance(value, Mapping):
-                reasons.update({str(why): int(_number(count) or 0) for why, count in value.items()})
     for side in ("base", "final"):
         if unjudged := _number(_at(run.summary, side, "not_judged")):
             reasons[f"held-out task that could not be judged ({side})"] = int(unjudged)
@@ -331,8 +330,9 @@ def _left_out(run: Run) -> str:
 def _config(run: Run) -> str:
     if not run.config:
         return ""
-    text = json.dumps(run.config, indent=2, ensure_ascii=False)
-    return f"<details><summary>Resolved configuration</summary><pre>{escape(text)}</pre></details>"
+    shown = {"config": run.config, "versions": run.summary.get("versions")}
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
+    return f"<details><summary>Resolved configuration and versions</summary><pre>{escape(text)}</pre></details>"
 
 
 # --- rollouts
@@ -587,11 +587,11 @@ def _duration(seconds: float) -> str:
 STYLE = """
 :root { --paper:#fcfcfa; --ink:#1c1e21; --soft:#63676e; --rule:#dfdfda; --panel:#f3f3ef;
   --base:#82868d; --final:#1f5fae; --good:#23734a; --bad:#ad3f22;
-  --p0:#b9a06a; --p1:#3f73ad; --p2:#8a78b5; --p3:#cf7f3c; --p4:#b8617a; --p5:#5e9c76; --rest:#b9bbbf }
+  --p0:#b9a06a; --p1:#8a78b5; --p2:#3f73ad; --p3:#cf7f3c; --p4:#b8617a; --p5:#5e9c76; --rest:#b9bbbf }
 @media (prefers-color-scheme: dark) { :root {
   --paper:#15171a; --ink:#e4e3df; --soft:#9a9ea6; --rule:#33363b; --panel:#1d2024;
   --base:#8f949c; --final:#7db2f0; --good:#74c497; --bad:#ee8d70;
-  --p0:#a8915f; --p1:#5b8fc9; --p2:#9d8cc8; --p3:#d08a4e; --p4:#c8738b; --p5:#6fae88; --rest:#5d6067 } }
+  --p0:#a8915f; --p1:#9d8cc8; --p2:#5b8fc9; --p3:#d08a4e; --p4:#c8738b; --p5:#6fae88; --rest:#5d6067 } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--paper); color:var(--ink); -webkit-text-size-adjust:100%;
   font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
@@ -630,7 +630,7 @@ th, td { padding:.35rem .6rem .35rem 0; vertical-align:top }
 .measures small { display:block; color:var(--soft); font-weight:400 }
 .grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(17rem,1fr)); gap:1.6rem 2rem }
 figure { margin:0 }
-.phases + figure { margin-top:1.6rem }
+section > figure { margin-top:1.6rem }
 figcaption { font-size:.875rem; margin-bottom:.5rem }
 figcaption b { font-weight:550; display:block }
 figcaption span { margin-right:.9rem }

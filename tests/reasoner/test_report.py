@@ -27,11 +27,12 @@ def summary():
         "base": side(0.42, 0.38, 0.86, 0.55, 0.60),
         "final": side(0.90, 0.84, 0.97, 0.92, 0.93),
         "seconds": {
-            "warmup": 96.0, "rollouts": 148.2, "verify": 2.4, "learn": 121.9, "sync": 6.1, "eval": 31.0, "total": 431.0,
+            "warmup": 96.0, "start": 20.0, "rollouts": 148.2, "verify": 2.4, "learn": 121.9, "sync": 6.1, "eval": 31.0,
+            "total": 431.0,
         },  # fmt: skip
         "tokens": {"generated": 1_234_567, "prefilled": 345_678},
         "mismatch": {"first": 0.00021, "last": 0.00034},
-        "versions": STEPS,
+        "versions": {"torch": "2.13.0"},
         "seed": 1,
         "peak_rss_bytes": 5_300_000_000,
     }
@@ -49,6 +50,10 @@ def metrics(step):
         "groups_agreeing": round(8 + 12 * rise - 20 * wave),
         "tokens_generated": round(9000 + 2500 * rise + 4000 * wave),
         "response_length_mean": 34 + 10 * rise + 16 * wave,
+        "rollouts": 256,
+        "dropped": {"failed: no answer within 1.0 s": 1} if step == 0 else {},
+        "truncated_fraction": 0.06 - 0.05 * rise,
+        "clip_ratio": 0.002 + abs(wave) / 50,
         "loss": -0.004 + wave / 10,
         "grad_norm": 0.9 - 0.4 * rise + wave,
         "entropy": 0.44 - 0.26 * rise + wave / 3,
@@ -226,7 +231,8 @@ def test_table_shows_every_measure_with_its_interval(tmp_path):
 def test_time_that_no_phase_claims_is_shown_as_elsewhere(tmp_path):
     words = page_of(write_run(tmp_path / "run")).words
     assert "rollouts 2 min 28 s 34.4%" in words
-    assert "elsewhere 25.4 s 5.9%" in words
+    assert "elsewhere 7.8 s 1.8%" in words
+    assert "The verifiers worked 2.4 s in their own processes" in words
 
 
 def test_overlapping_phases_are_not_added_up_in_silence(tmp_path):
@@ -235,23 +241,29 @@ def test_overlapping_phases_are_not_added_up_in_silence(tmp_path):
     data["seconds"]["total"] = 300.0
     (folder / "summary.json").write_text(json.dumps(data))
     words = page_of(folder).words
-    assert "The phases overlap: together 6 min 46 s, by the clock 5 min 0 s." in words and "elsewhere" not in words
+    assert "The phases overlap: together 7 min 3 s, by the clock 5 min 0 s." in words and "elsewhere" not in words
 
 
 def test_everything_left_out_is_counted_by_reason(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 120, "dropped": {"engine lost": 3}}\n')
+        file.write('{"step": 120, "dropped": {"engine lost": 3, "failed: no answer within 1.0 s": 2}}\n')
     data = summary()
     data["final"]["not_judged"] = 4
     (folder / "summary.json").write_text(json.dumps(data))
     words = page_of(folder).words
     assert "21 of 22 rollouts in the journal were scored." in words
-    assert "failed: no answer within 1.0 s 1" in words
+    assert "failed: no answer within 1.0 s 3" in words
     assert "engine lost 3" in words
     assert "held-out task that could not be judged (final) 4" in words and "judged (base)" not in words
     agreeing = sum(metrics(step)["groups_agreeing"] for step in range(STEPS))
     assert f"all its scores agree {agreeing:,}" in words
+
+
+def test_journal_alone_tells_what_was_dropped(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    assert "failed: no answer within 1.0 s 1" in page_of(folder).words
 
 
 def test_rollouts_shown_are_right_and_wrong_early_and_late(tmp_path):
