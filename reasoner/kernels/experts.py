@@ -25,12 +25,12 @@ def moe_experts(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: T
             f"x {tuple(x_TH.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}: give (T, H), (E, 2 I, H), (E, H, I)"
         )
     order_A, _, ends_E = sort_by_expert(experts_TK, experts)
-    if _library(x_TH, gate_up, down) is None:  # autograd's own backward keeps what the op would compute again
+    if _library(x_TH, weights_TK, gate_up, down) is None:  # autograd's own backward keeps what the op would compute again
         return reference.moe_experts(x_TH, weights_TK, order_A, ends_E, gate_up, down)
     return _experts(x_TH, weights_TK.float(), order_A, ends_E, gate_up, down)
 
 
-def _library(x_TH: Tensor, gate_up: Tensor, down: Tensor):
+def _library(x_TH: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor):
     _, hidden, inner = down.shape
     bf16 = x_TH.dtype == gate_up.dtype == down.dtype == torch.bfloat16
     return dispatch.library(
@@ -38,12 +38,13 @@ def _library(x_TH: Tensor, gate_up: Tensor, down: Tensor):
         x_TH,
         None if bf16 else f"x {x_TH.dtype}, gate_up {gate_up.dtype}, down {down.dtype}: all must be bfloat16",
         f"hidden {hidden}, inner {inner}: both must be multiples of 8" if hidden % 8 or inner % 8 else None,
+        f"{weights_TK.numel()} assignments: at most 8 million" if weights_TK.numel() > 8_000_000 else None,
     )
 
 
 def _run(x_TH, weights_TK, order_A, ends_E, gate_up, down):
     (tokens, chosen), (experts, hidden, inner) = weights_TK.shape, down.shape
-    library = _library(x_TH, gate_up, down)
+    library = _library(x_TH, weights_TK, gate_up, down)
     if library is None or not tokens:
         return reference.moe_experts(x_TH, weights_TK, order_A, ends_E, gate_up, down)
     activation, rows = x_TH.new_empty(tokens * chosen, inner), x_TH.new_empty(tokens * chosen, hidden)
@@ -57,7 +58,7 @@ def _run(x_TH, weights_TK, order_A, ends_E, gate_up, down):
 
 def _run_backward(x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y_TH):
     (tokens, chosen), (experts, hidden, inner) = weights_TK.shape, down.shape
-    library = _library(x_TH, gate_up, down)
+    library = _library(x_TH, weights_TK, gate_up, down)
     if library is None or not tokens:
         return reference.moe_experts_backward(x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y_TH)
     new = lambda *shape: x_TH.new_empty(*shape)  # noqa: E731

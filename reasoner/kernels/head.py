@@ -7,6 +7,8 @@ held, and a chunk's rows of dW are finished in one go. Knows nothing of models o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temper
 
 def _chunks(hidden_TH: Tensor, vocabulary: int) -> range:
     tokens = max(1, hidden_TH.shape[0])
-    size = max(1024, CHUNK_ELEMENTS.get(hidden_TH.device.type, 4 << 20) // tokens // 8 * 8)
+    size = max(1024, CHUNK_ELEMENTS.get(hidden_TH.device.type, 4 << 20) // tokens // 128 * 128)
     return range(0, vocabulary, size)
 
 
@@ -44,6 +46,32 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return reference.wide(a) @ reference.wide(b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the epilogue of the product where this torch can: `total` is then read and written once."""
+    if total.dtype != a.dtype and a.is_cuda and _adds_in_float32(a.device):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _matmul(a, b)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device) -> bool:
+    total, a = torch.zeros(8, 8, device=device), torch.zeros(8, 8, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # older releases want all three in one type
+        return False
+    return True
+
+
+def _put_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, rounded once."""
+    if a.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(_matmul(a, b))
 
 
 def _library(hidden_TH: Tensor, weight_VH: Tensor):
@@ -104,8 +132,8 @@ def _backward(
                 z_TC.shape[1], start, int(half), 1.0 / temperature,
             )  # fmt: skip
             d_TC = z_TC.view(torch.bfloat16)[:, : z_TC.shape[1]] if half else z_TC
-        d_hidden_TH += _matmul(d_TC, weight_CH)
-        d_weight_VH[start : start + chunks.step] = _matmul(d_TC.T, hidden_TH)
+        _add_product(d_hidden_TH, d_TC, weight_CH)
+        _put_product(d_weight_VH[start : start + chunks.step], d_TC.T, hidden_TH)
     return d_hidden_TH.to(hidden_TH.dtype), d_weight_VH
 
 

@@ -8,7 +8,8 @@ from reasoner.kernels import moe_experts, reference, using
 CASES = [  # T, H, E, K, I
     (1, 8, 1, 1, 8),
     (5, 40, 3, 2, 24),
-    (150, 16, 2, 1, 8),  # an expert with more rows than a tile
+    (150, 16, 2, 1, 8),  # an expert with more rows than a tile of 128
+    (95, 16, 3, 1, 8),  # ... and of the 32 that serve a decode step
     (7, 136, 4, 3, 72),  # more than one tile of columns, and edges in both
 ]
 

@@ -4,22 +4,25 @@
 //         inner); weights (tokens, chosen) float32; order (A) int32: assignment a = token * chosen + k, sorted by expert;
 //         ends (experts) int32: where each expert's assignments end in that order. Rows "by place" are in the sorted order, rows
 //         "by assignment" in the order of tokens, so that a token's sum reads neighbours and needs no atomics.
-// Limits: hidden and inner multiples of 8; at least sm_80; A and every matrix below 2^31 elements per row index.
+// Limits: hidden and inner multiples of 8; at least sm_80; A at most 8 million (tiles of rows are the grid's y).
 // Source: fused gather and no cached down-projection output as in SonicMoE (arXiv:2512.14080): the gradient of a weight is
 //         <by_y down, activation>, so the down-projection's rows are not needed. Gate and up are computed again in the backward.
-// Tiles of 128 x 128 with mma.sync, four stages of cp.async; a block finds its expert from `ends`, so the host never waits.
+// Tiles of 128 x 128 (32 x 128 where experts have few tokens) with mma.sync, four stages of cp.async; a block finds its expert from `ends`, so the host never waits.
 #include "device.cuh"
 
 namespace {
 
-constexpr int block = 256, tile_m = 128, tile_k = 32, stages = 4, pad = 8;
-constexpr int warps_n = 4, m_tiles = 4;  // a warp computes 64 rows x n_tiles * 8 columns; 2 x 4 warps
+constexpr int block = 256, tile_k = 32, stages = 4, pad = 8;
+constexpr int warps_m = 2, warps_n = 4;  // a warp computes m_tiles * 16 rows x n_tiles * 8 columns
+
+template <int m_tiles> constexpr int tile_m = warps_m * m_tiles * 16;
+constexpr int many = 4, few = 1;  // m_tiles: 128 rows for training, 32 for a decode step with few tokens per expert
 
 constexpr int operand_size = 128 * (tile_k + pad);  // elements of one stage; the other orientation, 32 x 136, is smaller
 template <int n_tiles> constexpr int tile_n = warps_n * n_tiles * 8;
 constexpr size_t product_bytes = static_cast<size_t>(stages) * 2 * operand_size * sizeof(bf16);
 
-template <int n_tiles> struct Sums {
+template <int m_tiles, int n_tiles> struct Sums {
     float at[m_tiles][n_tiles][4];
     DEVICE void clear() {
         UNROLL for (int m = 0; m < m_tiles; ++m)
@@ -30,18 +33,18 @@ template <int n_tiles> struct Sums {
 
 // sums += A B over `depth`. `a_by_k`: A is stored with k as the fast index, a(i, k) gives the address of 8 neighbours in k;
 // otherwise a(k, i) gives 8 neighbours in i. The same for b. A null address stands for zeros.
-template <bool a_by_k, bool b_by_k, int n_tiles, class A, class B>
-DEVICE void product(Sums<n_tiles>& sums, int depth, A a, B b, bf16* memory) {
-    constexpr int width_n = tile_n<n_tiles>;
-    constexpr int a_stride = a_by_k ? tile_k + pad : tile_m + pad, b_stride = b_by_k ? tile_k + pad : width_n + pad;
+template <bool a_by_k, bool b_by_k, int m_tiles, int n_tiles, class A, class B>
+DEVICE void product(Sums<m_tiles, n_tiles>& sums, int depth, A a, B b, bf16* memory) {
+    constexpr int width_m = tile_m<m_tiles>, width_n = tile_n<n_tiles>;
+    constexpr int a_stride = a_by_k ? tile_k + pad : width_m + pad, b_stride = b_by_k ? tile_k + pad : width_n + pad;
     constexpr int stage_size = 2 * operand_size;
     auto fetch = [&](int step) {
         bf16* a_tile = memory + step % stages * stage_size;
         bf16* b_tile = a_tile + operand_size;
         int k = step * tile_k;
         if (k < depth) {
-            constexpr int a_chunks = a_by_k ? tile_k / 8 : tile_m / 8, b_chunks = b_by_k ? tile_k / 8 : width_n / 8;
-            UNROLL for (int i = thread(); i < tile_m * tile_k / 8; i += block) {
+            constexpr int a_chunks = a_by_k ? tile_k / 8 : width_m / 8, b_chunks = b_by_k ? tile_k / 8 : width_n / 8;
+            UNROLL for (int i = thread(); i < width_m * tile_k / 8; i += block) {
                 int row = i / a_chunks, column = i % a_chunks * 8;
                 bool inside = (a_by_k ? k + column : k + row) < depth;
                 copy_async(a_tile + row * a_stride + column, inside ? (a_by_k ? a(row, k + column) : a(k + row, column)) : nullptr);
@@ -86,7 +89,7 @@ DEVICE void product(Sums<n_tiles>& sums, int depth, A a, B b, bf16* memory) {
 }
 
 // Calls f(row in the tile, column in the tile, sum m, n, half) for the pairs of neighbours that this lane holds.
-template <int n_tiles, class F> DEVICE void for_pairs(F f) {
+template <int m_tiles, int n_tiles, class F> DEVICE void for_pairs(F f) {
     UNROLL for (int m = 0; m < m_tiles; ++m)
         UNROLL for (int half = 0; half < 2; ++half)
             UNROLL for (int n = 0; n < n_tiles; ++n)
@@ -94,15 +97,15 @@ template <int n_tiles, class F> DEVICE void for_pairs(F f) {
                   warp() % warps_n * n_tiles * 8 + n * 8 + lane() % 4 * 2, m, n, half);
 }
 
-struct Rows { int expert, begin, count; };  // up to tile_m places of one expert; count 0: nothing to do
+struct Rows { int expert, begin, count; };  // neighbouring places of one expert; count 0: nothing to do
 
-// The block_y()-th tile of rows. Every lane of every warp finds the same.
-DEVICE Rows rows_of_block(const int* ends, int experts) {
+// The block_y()-th tile of `height` rows. Every lane of every warp finds the same.
+DEVICE Rows rows_of_block(const int* ends, int experts, int height) {
     int slot = block_y(), before = 0;
     for (int base = 0; base < experts; base += 32) {
         int e = base + lane();
         int end = e < experts ? ends[e] : 0, begin = e < experts && e > 0 ? ends[e - 1] : 0;
-        int tiles = e < experts ? (end - begin + tile_m - 1) / tile_m : 0, up_to = tiles;
+        int tiles = e < experts ? (end - begin + height - 1) / height : 0, up_to = tiles;
         UNROLL for (int step = 1; step < 32; step *= 2) {
             int other = from_lane(up_to, lane() - step & 31);
             if (lane() >= step) up_to += other;
@@ -111,9 +114,9 @@ DEVICE Rows rows_of_block(const int* ends, int experts) {
         if (reached) {
             int owner = 0;
             while (!(reached >> owner & 1)) ++owner;
-            int first = from_lane(begin, owner) + (slot - before - from_lane(up_to - tiles, owner)) * tile_m;
+            int first = from_lane(begin, owner) + (slot - before - from_lane(up_to - tiles, owner)) * height;
             int left = from_lane(end, owner) - first;
-            return {base + owner, first, left < tile_m ? left : tile_m};
+            return {base + owner, first, left < height ? left : height};
         }
         before += from_lane(up_to, 31);
     }
@@ -137,19 +140,20 @@ DEVICE const bf16* gate_up_row(const bf16* gate_up, int i, int first, int inner,
 DEVICE const bf16* offset(const bf16* row, int by) { return row ? row + by : nullptr; }
 
 // activation (A, inner) by place = silu(x gate) * (x up)
+template <int m_tiles>
 KERNEL(block) up(const bf16* x, const bf16* gate_up, const int* order, const int* ends, bf16* activation, int experts, int hidden,
                  int inner, int chosen) {
-    Rows rows = rows_of_block(ends, experts);
+    Rows rows = rows_of_block(ends, experts, tile_m<m_tiles>);
     if (rows.count == 0) return;
     const int* assignments = assignments_of(rows, order);
     const bf16* matrix = gate_up + static_cast<i64>(rows.expert) * 2 * inner * hidden;
     int first = block_x() * 64;
-    Sums<4> sums;
+    Sums<m_tiles, 4> sums;
     sums.clear();
     product<true, true>(
         sums, hidden, [&](int i, int k) { return i < rows.count ? x + static_cast<i64>(assignments[i] / chosen) * hidden + k : nullptr; },
         [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); }, reinterpret_cast<bf16*>(shared_memory()));
-    for_pairs<2>([&](int row, int column, int m, int n, int half) {
+    for_pairs<m_tiles, 2>([&](int row, int column, int m, int n, int half) {
         if (row >= rows.count || first + column >= inner) return;
         float gate0 = sums.at[m][n][half * 2], gate1 = sums.at[m][n][half * 2 + 1];
         store_vector(activation + static_cast<i64>(rows.begin + row) * inner + first + column,
@@ -158,14 +162,14 @@ KERNEL(block) up(const bf16* x, const bf16* gate_up, const int* order, const int
 }
 
 // out (A, width) by assignment = in (A, depth) by place times the expert's matrix: (width, depth) if by_k, else (depth, width).
-template <bool by_k>
+template <bool by_k, int m_tiles>
 KERNEL(block) back(const bf16* in, const bf16* matrices, const int* order, const int* ends, bf16* out, int experts, int depth, int width) {
-    Rows rows = rows_of_block(ends, experts);
+    Rows rows = rows_of_block(ends, experts, tile_m<m_tiles>);
     if (rows.count == 0) return;
     const int* assignments = assignments_of(rows, order);
     const bf16* matrix = matrices + static_cast<i64>(rows.expert) * width * depth;
     int first = block_x() * 128;
-    Sums<4> sums;
+    Sums<m_tiles, 4> sums;
     sums.clear();
     product<true, by_k>(
         sums, depth, [&](int i, int k) { return i < rows.count ? in + static_cast<i64>(rows.begin + i) * depth + k : nullptr; },
@@ -174,7 +178,7 @@ KERNEL(block) back(const bf16* in, const bf16* matrices, const int* order, const
             return by_k ? matrix + static_cast<i64>(first + p) * depth + q : matrix + static_cast<i64>(p) * width + first + q;
         },
         reinterpret_cast<bf16*>(shared_memory()));
-    for_pairs<4>([&](int row, int column, int m, int n, int half) {
+    for_pairs<m_tiles, 4>([&](int row, int column, int m, int n, int half) {
         if (row < rows.count && first + column < width)
             store_vector(out + static_cast<i64>(assignments[row]) * width + first + column,
                          pack(sums.at[m][n][half * 2], sums.at[m][n][half * 2 + 1]));
@@ -186,7 +190,7 @@ KERNEL(block) back(const bf16* in, const bf16* matrices, const int* order, const
 KERNEL(block) activation_gradient(const bf16* x, const bf16* gate_up, const bf16* down, const bf16* by_y, const float* weights,
                                   const int* order, const int* ends, bf16* d_gate_up, bf16* weighted, float* by_weight, int experts,
                                   int hidden, int inner, int chosen) {
-    Rows rows = rows_of_block(ends, experts);
+    Rows rows = rows_of_block(ends, experts, tile_m<many>);
     if (rows.count == 0) return;
     const int* assignments = assignments_of(rows, order);
     const bf16* matrix = gate_up + static_cast<i64>(rows.expert) * 2 * inner * hidden;
@@ -196,19 +200,19 @@ KERNEL(block) activation_gradient(const bf16* x, const bf16* gate_up, const bf16
     auto row_of = [&](const bf16* of) {
         return [=, &rows](int i, int k) { return i < rows.count ? of + static_cast<i64>(assignments[i] / chosen) * hidden + k : nullptr; };
     };
-    Sums<4> pre;
+    Sums<many, 4> pre;
     pre.clear();
     product<true, true>(pre, hidden, row_of(x), [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); }, memory);
-    Sums<2> by;
+    Sums<many, 2> by;
     by.clear();
     product<true, false>(
         by, hidden, row_of(by_y),
         [&](int k, int j) { return first + j < inner ? down_matrix + static_cast<i64>(k) * inner + first + j : nullptr; }, memory);
 
-    float* parts = reinterpret_cast<float*>(memory);  // (tile_m, warps_n): each warp's share of the rows' dot products
-    UNROLL for (int m = 0; m < m_tiles; ++m)
+    float* parts = reinterpret_cast<float*>(memory);  // (rows, warps_n): each warp's share of the rows' dot products
+    UNROLL for (int m = 0; m < many; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
-            int row = warp() / warps_n * m_tiles * 16 + m * 16 + half * 8 + lane() / 4;
+            int row = warp() / warps_n * many * 16 + m * 16 + half * 8 + lane() / 4;
             bool exists = row < rows.count;
             float weight = exists ? weights[assignments[row]] : 0.0f, dot = 0.0f;
             UNROLL for (int n = 0; n < 2; ++n) {
@@ -245,18 +249,18 @@ template <bool left_gathered>
 KERNEL(block) matrix_gradient(const bf16* left, const bf16* right, const int* order, const int* ends, bf16* out, int rows, int columns,
                               int chosen) {
     int expert = block_z(), begin = expert ? ends[expert - 1] : 0, depth = ends[expert] - begin;
-    int first_row = block_y() * tile_m, first_column = block_x() * 128;
+    int first_row = block_y() * tile_m<many>, first_column = block_x() * 128;
     auto address = [&](const bf16* of, bool gathered, int k, int column, int width) -> const bf16* {
         if (column >= width) return nullptr;
         return of + static_cast<i64>(gathered ? order[begin + k] / chosen : begin + k) * width + column;
     };
-    Sums<4> sums;
+    Sums<many, 4> sums;
     sums.clear();
     product<false, false>(
         sums, depth, [&](int k, int i) { return address(left, left_gathered, k, first_row + i, rows); },
         [&](int k, int j) { return address(right, !left_gathered, k, first_column + j, columns); },
         reinterpret_cast<bf16*>(shared_memory()));
-    for_pairs<4>([&](int row, int column, int m, int n, int half) {
+    for_pairs<many, 4>([&](int row, int column, int m, int n, int half) {
         if (first_row + row < rows && first_column + column < columns)
             store_vector(out + (static_cast<i64>(expert) * rows + first_row + row) * columns + first_column + column,
                          pack(sums.at[m][n][half * 2], sums.at[m][n][half * 2 + 1]));
@@ -279,10 +283,13 @@ KERNEL(block) sum_rows(const bf16* rows, const float* weights, bf16* y, i64 toke
     }
 }
 
-constexpr size_t shared_bytes = product_bytes + tile_m * sizeof(int);
+constexpr size_t shared_bytes = product_bytes + tile_m<many> * sizeof(int);
 
 int over(i64 size, i64 tile) { return static_cast<int>((size + tile - 1) / tile); }
-int row_tiles(i64 assignments, i64 experts) { return static_cast<int>(assignments / tile_m + (experts < assignments ? experts : assignments)); }
+// No fewer than there can be: every expert may end in a tile that is not full.
+int row_tiles(i64 assignments, i64 experts, int height) {
+    return static_cast<int>(assignments / height + (experts < assignments ? experts : assignments));
+}
 
 int sum_into(const bf16* rows, const float* weights, bf16* y, i64 tokens, i64 hidden, i64 chosen, void* stream) {
     int wanted = over(tokens * (hidden / 8), block);
@@ -293,13 +300,15 @@ int sum_into(const bf16* rows, const float* weights, bf16* y, i64 tokens, i64 hi
 
 // Scratch: activation (A, inner), rows (A, hidden).
 extern "C" int experts_forward(const bf16* x, const float* weights, const int* order, const int* ends, const bf16* gate_up,
-                               const bf16* down, bf16* activation, bf16* rows, bf16* y, i64 tokens, i64 chosen, i64 experts, i64 hidden,
-                               i64 inner, void* stream) {
-    int tiles = row_tiles(tokens * chosen, experts);
-    int code = launch(up, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, order, ends, activation, experts, hidden,
-                      inner, chosen);
-    if (!code) code = launch(back<true>, {over(hidden, 128), tiles}, block, shared_bytes, stream, activation, down, order, ends, rows,
-                             experts, inner, hidden);
+                               const bf16* down, bf16* activation, bf16* rows, bf16* y, i64 tokens, i64 chosen, i64 experts,
+                               i64 hidden, i64 inner, void* stream) {
+    bool sparse = tokens * chosen < 32 * experts;
+    int tiles = row_tiles(tokens * chosen, experts, sparse ? tile_m<few> : tile_m<many>);
+    int code = launch(sparse ? up<few> : up<many>, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, order, ends,
+                      activation, experts, hidden, inner, chosen);
+    if (code) return code;
+    code = launch(sparse ? back<true, few> : back<true, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream, activation,
+                  down, order, ends, rows, experts, inner, hidden);
     return code ? code : sum_into(rows, weights, y, tokens, hidden, chosen, stream);
 }
 
@@ -308,15 +317,15 @@ extern "C" int experts_backward(const bf16* x, const float* weights, const int* 
                                 const bf16* down, const bf16* by_y, bf16* d_pre, bf16* weighted, bf16* rows, bf16* d_x,
                                 float* by_weight, bf16* d_gate_up, bf16* d_down, i64 tokens, i64 chosen, i64 experts, i64 hidden,
                                 i64 inner, void* stream) {
-    int tiles = row_tiles(tokens * chosen, experts), all = static_cast<int>(experts);
+    int tiles = row_tiles(tokens * chosen, experts, tile_m<many>), all = static_cast<int>(experts);
     int code = launch(activation_gradient, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, down, by_y, weights, order,
                       ends, d_pre, weighted, by_weight, experts, hidden, inner, chosen);
-    if (!code) code = launch(back<false>, {over(hidden, 128), tiles}, block, shared_bytes, stream, d_pre, gate_up, order, ends, rows,
+    if (!code) code = launch(back<false, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream, d_pre, gate_up, order, ends, rows,
                              experts, 2 * inner, hidden);
     if (!code) code = sum_into(rows, nullptr, d_x, tokens, hidden, chosen, stream);
-    if (!code) code = launch(matrix_gradient<false>, {over(hidden, 128), over(2 * inner, tile_m), all}, block, product_bytes, stream, d_pre,
+    if (!code) code = launch(matrix_gradient<false>, {over(hidden, 128), over(2 * inner, tile_m<many>), all}, block, product_bytes, stream, d_pre,
                              x, order, ends, d_gate_up, 2 * inner, hidden, chosen);
-    if (!code) code = launch(matrix_gradient<true>, {over(inner, 128), over(hidden, tile_m), all}, block, product_bytes, stream, by_y,
+    if (!code) code = launch(matrix_gradient<true>, {over(inner, 128), over(hidden, tile_m<many>), all}, block, product_bytes, stream, by_y,
                              weighted, order, ends, d_down, hidden, inner, chosen);
     return code;
 }
