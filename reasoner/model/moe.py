@@ -164,10 +164,11 @@ def balance(model: nn.Module, rate: float = 1e-3) -> None:
     experts. Counts are summed over processes when torch.distributed runs.
     """
     for layer in model.modules():
-        if isinstance(layer, MoE) and layer.load_E is not None:
-            load_E = layer.load_E.float()
+        if isinstance(layer, MoE):
+            bias_E = layer.gate.e_score_correction_bias
+            load_E = torch.zeros_like(bias_E) if layer.load_E is None else layer.load_E.float()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(load_E)
             step_E = rate * (load_E.mean() - load_E).sign()
-            layer.gate.e_score_correction_bias += step_E - step_E.mean()
+            bias_E += step_E - step_E.mean()
             layer.load_E = None

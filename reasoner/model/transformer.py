@@ -133,6 +133,8 @@ class ReasonerModel(ReasonerPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(f"{type(past_key_values).__name__} is not supported: use a DynamicCache")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if cached:
             layout = continued(x_BLD, cached, attention_mask, position_ids)

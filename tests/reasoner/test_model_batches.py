@@ -124,6 +124,21 @@ def test_both_ids_and_embeddings_are_refused(model):
         model()
 
 
+def test_cache_of_fixed_size_is_refused(model):
+    with pytest.raises(ValueError, match="StaticCache is not supported"):
+        model.generate(sequences(4)[0][None], max_new_tokens=3, cache_implementation="static")
+
+
+def test_beam_search_reorders_the_cache(model):
+    (row,) = sequences(5)
+    out = model.generate(
+        row[None], max_new_tokens=6, num_beams=4, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
+    answer = out.sequences[0, 5:]
+    logprobs = model(out.sequences[:, :-1]).logits[0, 4:].log_softmax(-1).gather(1, answer[:, None])
+    assert abs(logprobs.mean() - out.sequences_scores[0]) < 1e-5
+
+
 def test_sampling_goes_through_generate(model):
     ids, mask = padded(sequences(4, 6), "left")
     torch.manual_seed(0)

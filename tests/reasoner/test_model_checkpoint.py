@@ -200,6 +200,11 @@ def test_serving_traps_are_named():
     assert check_serving(LlamaConfig()) == []
 
 
+def test_values_that_vllm_would_cut_are_named():
+    found = check_serving(ReasonerConfig.small(vocab_size=8, v_head_dim=128))
+    assert any("cuts values down to 64" in line for line in found)
+
+
 def test_reference_sizes_have_no_serving_traps():
     sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128)
     assert check_serving(ReasonerConfig.small(vocab_size=64, **sizes)) == []

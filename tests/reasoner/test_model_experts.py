@@ -198,3 +198,26 @@ def test_sequence_loss_ignores_padding_and_is_added_with_its_weight():
     torch.testing.assert_close(out.loss, plain + 0.01 * out.aux_loss)
     gradient = torch.autograd.grad(out.aux_loss, model.model.layers[1].mlp.gate.weight)[0]
     assert gradient.abs().sum() > 0
+
+
+def balance_in_a_group(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    moe = layer()
+    if rank == 0:  # the other process saw no token, and must neither hang nor differ
+        moe.count(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]]))
+    balance(moe, 0.1)
+    torch.save(moe.gate.e_score_correction_bias, f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_balancing_adds_up_the_loads_of_all_processes(tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    workers = [context.Process(target=balance_in_a_group, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert (first[:8] < 0).all() and (first[8:] > 0).all() and first.mean().abs() < 1e-6
