@@ -24,6 +24,7 @@ from verifiers.sandbox import Limits
 
 Grid = list[list[int]]
 LARGEST = 30  # rows and columns of a grid, as in ARC
+OPENERS = 1000  # brackets, from the end, at which JSON may begin: bounds the work on text that is nothing but brackets
 
 _ROW = re.compile(r"[\s\[\]|,;]*\d(?:[\s,|;]*\d)*[\s\[\]|,;]*")
 _BARS = re.compile(r"(?:\|(?:\d{1,30}\|){1,30}\s*)+")
@@ -200,12 +201,14 @@ def _grids_in(value: Any) -> Iterator[Grid]:
 def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
     """Lists and objects that stand in the text as JSON, outermost ones only, with where they start and end."""
     decoder, place = json.JSONDecoder(), 0
-    while match := re.compile(r"[\[{]").search(text, place):
+    for start in [match.start() for match in re.finditer(r"[\[{]", text)][-OPENERS:]:
+        if start < place:
+            continue
         try:
-            value, place = decoder.raw_decode(text, match.start())
-            yield match.start(), place, value
+            value, place = decoder.raw_decode(text, start)
+            yield start, place, value
         except (ValueError, RecursionError):
-            place = match.start() + 1
+            pass
 
 
 def _blocks(text: str) -> Iterator[list[list[int]]]:
