@@ -58,8 +58,8 @@ class Trajectory:
     steps: tuple[Step, ...] = ()
     end: Ending | None = None  # "stop": ended by itself; "length": hit the limit (unfinished); None: may go on
     seed: int = 0
-    value: float | None = None  # what the search's scorer said of it
     log_weight: float = 0.0  # of a path that was not drawn plainly (particles, without replacement); see `marginal`
+    value: float | None = None  # what the search's scorer said of it
 
     @property
     def ids(self) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ class Scripted:
     def _grow(self, path: Trajectory, child: int, until: Until) -> Trajectory:
         ids = (*map(ord, self.reply(path.text, child)), 0)
         room = self.sampling.max_tokens - path.length
+        if room <= 0:  # the search wrote the rest, or `at` lowered the limit
+            return replace(path, end="length", seed=derive(path.seed, child))
         stop = min(room, until.tokens) if until.kind == "tokens" else room
         if until.kind == "step":
             text = "".join(map(chr, ids))

@@ -128,6 +128,8 @@ class ChainEngine:
         laws = _laws(self.chain, self.sampling.temperature, self.sampling.top_p)
         last = path.ids[-1]
         room = self.sampling.max_tokens - path.length
+        if room <= 0:  # `at` lowered the limit
+            return replace(path, end="length", seed=seed)
         limit = min(room, until.tokens) if until.kind == "tokens" else room
         ids: list[int] = []
         logprobs: list[float] = []

@@ -122,9 +122,11 @@ class Tree:
         finally:
             record.reserved -= n * most
         for child in children:
-            ledger.generated += len(child.steps[-1].ids)
-            ledger.cached += child.steps[-1].cached
-            ledger.prefilled += len(path.ids) - child.steps[-1].cached
+            step = _added(path, child)
+            if step is not None:
+                ledger.generated += len(step.ids)
+                ledger.cached += step.cached
+                ledger.prefilled += len(path.ids) - step.cached
         record.rows.append(_extend_row(path, until, self.sampling, children, record.known))
         return children
 
@@ -221,11 +223,11 @@ async def spread(
 async def likeliest(path: Trajectory, n: int, engine: Engine) -> list[Trajectory]:
     """The n likeliest one-token continuations. Costs one generated token, which is thrown away."""
     drawn = await engine.at(top=n).extend(path, until=TOKENS(1))
-    if not drawn:
-        return []
+    if not drawn or (step := _added(path, drawn[0])) is None:
+        return drawn
     last = path.length + 1 >= engine.sampling.max_tokens
     children = []
-    for a in sorted(drawn[0].steps[-1].top[0], key=lambda a: -a.logprob)[:n]:
+    for a in sorted(step.top[0], key=lambda a: -a.logprob)[:n]:
         end = "stop" if a.ends else "length" if last else None
         children.append(path.grow(Step((a.id,), (a.logprob,), a.text), end=end, seed=derive(path.seed, "token", a.id)))
     return children
@@ -263,7 +265,7 @@ def _extend_row(
                 "ids": content(child),
                 "seed": child.seed,
                 "end": child.end,
-                "step": _step_row(child.steps[-1]),
+                "step": None if (step := _added(path, child)) is None else _step_row(step),
             }
             for child in children
         ],
@@ -277,6 +279,17 @@ def _extend_row(
         known.add(row["path"])
     known.update(child["path"] for child in row["children"])
     return row
+
+
+def _added(path: Trajectory, child: Trajectory) -> Step | None:
+    """The step that made the child; None where the path was at its limit already and only learnt that it ended."""
+    return child.steps[-1] if len(child.steps) > len(path.steps) else None
+
+
+def _child(path: Trajectory, row: Row) -> Trajectory:
+    if row["step"] is None:
+        return replace(path, end=row["end"], seed=row["seed"])
+    return path.grow(_step(row["step"]), end=row["end"], seed=row["seed"])
 
 
 def _step_row(step: Step) -> Row:
@@ -317,7 +330,7 @@ class Replay:
         for row in self.rows:
             if row["kind"] == "extend" and (row["path"], row["until"], row["sampling"]) == wanted:
                 if len(row["children"]) == n:
-                    return [path.grow(_step(c["step"]), end=c["end"], seed=c["seed"]) for c in row["children"]]
+                    return [_child(path, child) for child in row["children"]]
         if self.engine is None:
             raise ValueError(f"the log has no call like this one (path {wanted[0]}, n={n}, until={until.kind})")
         return await self.engine.extend(path, n=n, until=until)
@@ -356,5 +369,6 @@ def nodes(rows: Iterable[Row]) -> list[Row]:
             if "whole" in row:
                 add(row["path"], None, None, row["whole"]["steps"], None)
             for child in row["children"]:
-                add(child["path"], child["ids"], row["path"], [child["step"]], child["end"])
+                steps = [] if child["step"] is None else [child["step"]]
+                add(child["path"], child["ids"], row["path"], steps, child["end"])
     return list(found.values())

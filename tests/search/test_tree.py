@@ -270,6 +270,17 @@ def test_answer_key_has_no_way_into_a_search(kind):
         assert seen
 
 
+def test_path_already_at_its_limit_costs_nothing_and_is_unfinished():
+    engine = ChainEngine(CHAIN)
+    (path,) = asyncio.run(engine.extend(CHAIN.root(), until=STEP))
+    tree = Tree(engine.at(max_tokens=1))
+    (child,) = asyncio.run(tree.extend(path))
+    assert child.end == "length" and child.ids == path.ids and tree.ledger.generated == 0
+    rows = json.loads(json.dumps(tree.record.rows))
+    assert asyncio.run(Replay(rows, tree.sampling).extend(path)) == [child]
+    assert [node["tokens"] for node in nodes(rows)] == [1, 0]
+
+
 def test_tree_of_paths_can_be_drawn():
     outcome = run(Beam(width=2, branch=2), seed=1)
     tree = {node["path"]: node for node in nodes(outcome.tree.record.rows)}
