@@ -51,7 +51,7 @@ def final(response: str) -> Found | None:
             return None  # a box that never closes: the response was cut off
     for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math)):
         candidate = find(text)
-        if candidate:
+        if candidate and not _BOX.search(candidate):
             return _found((candidate,), marker)
     return None
 

@@ -643,27 +643,27 @@ def _ratios(left: Tree, right: Tree) -> bool | None:
     return numbers.equal(("div", ratio[1], ratio[2]), other)
 
 
-def _decimal(tree: Tree) -> tuple[Fraction, int] | None:
+def as_decimal(tree: Tree) -> tuple[Fraction, int] | None:
     """A decimal literal (signed, in scientific notation or a percentage): its value and count of significant digits."""
     if tree[0] == "num":
         return (tree[1], tree[2]) if tree[2] else None
     if tree[0] in ("neg", "pct"):
-        inner = _decimal(tree[1])
+        inner = as_decimal(tree[1])
         return inner and (inner[0] * (Fraction(-1) if tree[0] == "neg" else Fraction(1, 100)), inner[1])
     if tree[0] == "mul" and len(tree) == 3 and tree[2][0] == "pow" and tree[2][1] == ("num", Fraction(10), 0):
-        inner, power = _decimal(tree[1]), rational_or_none(tree[2])
+        inner, power = as_decimal(tree[1]), rational_or_none(tree[2])
         return inner and power and (inner[0] * power, inner[1])
     return None
 
 
 def _rounded(left: Tree, right: Tree, digits: int) -> bool:
     """Whether one side is a decimal that stands for the other, rounded to at least `digits` significant digits."""
-    one, two = _decimal(left), _decimal(right)
+    one, two = as_decimal(left), as_decimal(right)
     if one and two:
         short, long = (one, two) if one[1] <= two[1] else (two, one)
         if long[1] >= 15 and short[1] >= 1 and abs(long[0] - short[0]) <= abs(short[0]) * Fraction(1, 10**14):
             return True  # the noise of floating-point arithmetic
-        return short[1] >= digits and long[1] >= short[1] + 3 and _rounds(short, long[0])
+        return short[1] >= digits and long[1] >= short[1] + 3 and rounds(short, long[0])
     if not one and not two:
         return False
     decimal, other = (one, right) if one else (two, left)
@@ -671,7 +671,7 @@ def _rounded(left: Tree, right: Tree, digits: int) -> bool:
     if exact is not None:
         if _terminates(exact):  # it has a decimal of its own
             return decimal[1] >= 15 and abs(decimal[0] - exact) <= abs(exact) * Fraction(1, 10**14)
-        return decimal[1] >= digits and _rounds(decimal, exact)
+        return decimal[1] >= digits and rounds(decimal, exact)
     if decimal[1] < digits or symbols(other):
         return False
     number = numbers.value(other)
@@ -680,7 +680,7 @@ def _rounded(left: Tree, right: Tree, digits: int) -> bool:
     sign, mantissa, exponent, _ = number._mpf_
     if abs(exponent) > 5000:
         return False
-    return _rounds(decimal, (-1) ** sign * Fraction(int(mantissa)) * Fraction(2) ** exponent)
+    return rounds(decimal, (-1) ** sign * Fraction(int(mantissa)) * Fraction(2) ** exponent)
 
 
 def _terminates(value: Fraction) -> bool:
@@ -693,8 +693,8 @@ def _terminates(value: Fraction) -> bool:
     return bottom == 1
 
 
-def _rounds(decimal: tuple[Fraction, int], exact: Fraction) -> bool:
-    """Within half a unit in the last digit; from six digits on a cut-off decimal counts as well."""
+def rounds(decimal: tuple[Fraction, int], exact: Fraction, *, cut_from: int = 6) -> bool:
+    """Within half a unit in the last digit; from `cut_from` digits on a cut-off decimal counts as well."""
     value, digits = decimal
     if value == 0 or (value > 0) != (exact > 0):
         return False
@@ -705,7 +705,7 @@ def _rounds(decimal: tuple[Fraction, int], exact: Fraction) -> bool:
         unit /= 10
     last = unit / Fraction(10) ** (digits - 1)
     error = abs(exact) - abs(value)
-    return abs(error) <= last / 2 or (digits >= 6 and 0 <= error < last)
+    return abs(error) <= last / 2 or (digits >= cut_from and 0 <= error < last)
 
 
 def _near(left: Tree, right: Tree, tolerance: float) -> bool:

@@ -53,14 +53,14 @@ def read(text: str) -> Reading:
         clean = cleaned(text)
     except Unreadable as error:
         return Reading("", (), why=str(error))
-    if not re.search(r"\w", clean) and "emptyset" not in clean and not re.fullmatch(r"\\\{\s*\\\}", clean):
+    plain = _unwrapped(clean)
+    if not re.search(r"\w", plain) and "emptyset" not in clean and not re.fullmatch(r"\\\{\s*\\\}", clean):
         return Reading("", (), why="an empty answer")
     letter, rest = _choice(clean)
     if letter:
         inner = read(rest) if rest else None
         text = f"({letter}) {inner.text}" if inner else letter
         return Reading(text, inner.trees if inner else (("sym", letter),), words=inner.words if inner else "", choice=letter)
-    plain = _unwrapped(clean)
     lead = _LEAD.match(plain) if plain != clean else None
     if lead and lead.end() < len(plain):
         return read(plain[lead.end() :])

@@ -1,0 +1,168 @@
+r"""Step scores without a trained model: every equality between numbers that a solution states is checked.
+
+`3 + 4 = 7` earns its step 1.0, `3 + 4 = 8` earns it 0.0; a step that claims nothing checkable earns 1.0, as no error was found in it.
+What has a symbol in it (`2x = 6`), and what is cut by words (`3 apples + 4`), is not judged: a false alarm teaches more harm than a miss.
+Knows no reference. Neighbours: `verifiers.math` judges the final answer, `verifiers.numbers` the equalities.
+Limit: arithmetic only. A step that is true but useless scores 1.0; learned and Monte-Carlo step values fill the same `Verdict.steps`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+from verifiers import numbers
+from verifiers.base import Task, Verdict
+from verifiers.expression import Tree, Unreadable, normalise, parse
+from verifiers.math import Math, as_decimal, rounds
+
+CLAIMS = 200  # equalities checked in one step
+
+_LABEL = re.compile(r"^\s*(?:#+\s*)?(?:(?:[-*•>]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+)*(?:(?:step|case|line|part)\s*\d*\s*[:.)-]\s*)?", re.IGNORECASE)
+_CALCULATOR = re.compile(r"<<([^<>]*)>>")  # GSM8K writes 3+4=<<3+4=7>>7
+_MARKS = re.compile(r"\\[()\[\]]|\\(?:boxed|fbox|displaystyle|text|mathrm|mathbf)\b|\\?\$|\*\*|`")
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)")
+_FORMULA = re.compile(  # what may stand in arithmetic; a word, a comma between terms or any other sign ends it
+    r"(?:\\(?:d?frac|sqrt|cdot|times|div|left|right|pi|d?binom|ast|approx)(?![A-Za-z])|\\[,;! ]|\d,(?=\d{3}(?!\d))|\.(?=\d)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\bpi\b|[0-9\s+\-*/^(){}=!%·×÷−–≈√π_²³])+"
+)
+_HIDES = re.compile(r"(?:\b(?:times|plus|minus|of|by|over|per|divided|multiplied|mod|log|ln|sin|cos|tan|squared|cubed|hundred|thousand|million|billion|dozen|percent|half|to|less|more|than|base)\b|[<>≤≥≠≡(\[{|&:√]|\\[A-Za-z]+)\s*$", re.I)
+_EXTENDS = re.compile(r"^\s*(?:(?:times|plus|minus|over|divided|multiplied|mod|squared|cubed|hundred|thousand|million|billion|dozen|percent|remainder|r|choose|half|halves|thirds?)\b|[<>≤≥≠≡\[|&:%…]|\.\.|\\(?!\\|end|quad|qquad|implies|Rightarrow|rightarrow|therefore))", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMath:
+    """The math verdict on the final answer, with one score per step of the response.
+
+    Example:
+        ProcessMath().verify(task, "3 + 4 = 7\\n7 + 5 = 13\\nAnswer: 13").steps  # (1.0, 0.0, 1.0)
+    """
+
+    delimiter: str = "\n"  # ends a step, as in the sampling settings of an engine
+    outcome: Math = field(default_factory=Math)
+
+    def __post_init__(self) -> None:
+        if not self.delimiter:
+            raise ValueError("process_math delimiter='' cuts no steps: give the text that ends a step, e.g. a line break")
+
+    def verify(self, task: Task, response: str) -> Verdict:
+        start = time.perf_counter()
+        verdict = self.outcome.verify(task, response)
+        steps = step_scores(response, delimiter=self.delimiter)
+        wrong = first_wrong(steps)
+        return replace(
+            verdict,
+            steps=steps,
+            why=verdict.why if wrong is None else f"{verdict.why}; step {wrong + 1} of {len(steps)} states a false equality",
+            seconds=time.perf_counter() - start,
+            evidence={**verdict.evidence, "first_wrong_step": wrong},
+        )
+
+    def check(self, task: Task) -> None:
+        self.outcome.check(task)
+
+    def answer(self, response: str) -> str | None:
+        return self.outcome.answer(response)
+
+    def equal(self, left: str, right: str) -> bool:
+        return self.outcome.equal(left, right)
+
+
+def step_scores(text: str, *, delimiter: str = "\n") -> tuple[float, ...]:
+    """One score per step, 0.0 where a step states a false equality, else 1.0. A delimiter at the end opens no step."""
+    steps = text.split(delimiter)
+    if steps and not steps[-1]:
+        steps.pop()
+    return tuple(0.0 if "=" in step and not _holds(step) else 1.0 for step in steps)
+
+
+def first_wrong(scores: tuple[float, ...]) -> int | None:
+    """Index of the first step that scored 0."""
+    return next((i for i, score in enumerate(scores) if score == 0.0), None)
+
+
+def _holds(step: str) -> bool:
+    numbers.begin()
+    try:
+        return all(holds is not False for holds, _ in zip(map(_equal_or_unknown, claims(step)), range(CLAIMS), strict=False))
+    except numbers.Exhausted:
+        return True  # nothing was shown to be wrong
+
+
+def claims(step: str) -> Iterator[tuple[str, str, bool]]:
+    """Neighbours in the equality chains of a step, as text, and whether the sign between them says "about"."""
+    for inner in _CALCULATOR.findall(step):
+        yield from _links([(inner, "")])
+    text = _MARKS.sub(" ", _CALCULATOR.sub(" ", _LABEL.sub("", step, count=1)))
+    text = _TIMES.sub("*", text)
+    yield from _links(_formulas(text))
+
+
+def _formulas(text: str) -> Iterator[tuple[str, str]]:
+    """Stretches of arithmetic, without the members that a word beside them belongs to; and the text before."""
+    for match in _FORMULA.finditer(text):
+        formula = match.group()
+        if "=" not in formula and "≈" not in formula and "approx" not in formula:
+            continue
+        before, after = text[: match.start()], text[match.end() :]
+        if _HIDES.search(before[-20:]):
+            formula = "?" + formula
+        if _EXTENDS.search(after[:20]):
+            formula += "?"
+        yield formula, before
+
+
+def _links(formulas: list[tuple[str, str]] | Iterator[tuple[str, str]]) -> Iterator[tuple[str, str, bool]]:
+    for formula, _ in formulas:
+        parts = re.split(r"(=|≈|\\approx)", formula)
+        for i in range(1, len(parts), 2):
+            yield parts[i - 1], parts[i + 1], parts[i] != "="
+
+
+def _equal_or_unknown(claim: tuple[str, str, bool]) -> bool | None:
+    """Whether a stated equality holds; None where it is no arithmetic."""
+    left, right = _arithmetic(claim[0]), _arithmetic(claim[1])
+    if left is None or right is None:
+        return None
+    holds = numbers.equal(left, right)
+    return True if holds is False and _rounding(left, right, about=claim[2]) else holds
+
+
+def _arithmetic(text: str) -> Tree | None:
+    """The tree of a member of a chain when it is a number made of numbers, else None."""
+    text = text.strip()
+    if not re.search(r"\d", text) or "?" in text or len(text) > 300:
+        return None
+    try:
+        tree = parse(normalise(text.rstrip(". ")))
+    except (Unreadable, ZeroDivisionError, IndexError):
+        return None
+    return tree if _numeric(tree[1] if tree[0] == "pct" else tree) else None
+
+
+def _numeric(tree: Tree) -> bool:
+    """Made of literals, pi, arithmetic, roots and binomials; letters (also e and i) may be anything."""
+    kind = tree[0]
+    if kind == "num" or tree == ("const", "pi"):
+        return True
+    if kind in ("add", "mul", "div", "neg", "pow", "fn"):
+        return all(_numeric(part) for part in tree[1:] if isinstance(part, tuple))
+    return False
+
+
+def _rounding(left: Tree, right: Tree, *, about: bool) -> bool:
+    """`10 / 3 = 3.33` and `10 / 3 ≈ 3` are how people write rounded results."""
+    a, b = numbers.value(left), numbers.value(right)
+    if a is None or b is None:
+        return False
+    if about:
+        return bool(abs(a - b) <= max(abs(a), abs(b)) / 20)
+    for decimal, exact in ((as_decimal(left), right), (as_decimal(right), left)):
+        value = numbers.rational_or_none(exact)
+        if decimal and decimal[1] >= 2 and (value is None or as_decimal(exact) is None):
+            exact_value = value if value is not None else Fraction(str(numbers.value(exact)))
+            if rounds(decimal, exact_value, cut_from=2):
+                return True
+    return False
