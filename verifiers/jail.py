@@ -429,6 +429,9 @@ def serve(level, control_fd):
     if level == "namespaces":
         user = enter_namespaces()
         proc, pid_namespace = build_root()
+    elif level == "bubblewrap":
+        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if level == "namespaces":
         for capability in range(64):
             if _prctl(PR_CAPBSET_DROP, capability) == -1:
                 break
@@ -449,7 +452,7 @@ def serve(level, control_fd):
         pid, trouble = _fork_run(walls, fds, limits)
         for fd in fds:
             os.close(fd)
-        control.send(_watch(control, pid, trouble, proc, limits))
+        control.send(_watch(control, pid, trouble, proc, limits, once=level == "bubblewrap"))
         if level == "bubblewrap":
             os._exit(0)  # its namespaces hold for one run
 
@@ -500,8 +503,11 @@ def _enclose(level, user, filter_bytes, limits):
         _install(filter_bytes)
 
 
-def _watch(control, pid, trouble, proc, limits):
-    """Wait for the end of a run, and bring it about where it exceeds its limits or the other side says so."""
+def _watch(control, pid, trouble, proc, limits, once):
+    """Wait for the end of a run, and bring it about where it exceeds its limits or the other side says so.
+
+    With `once` this server ends with the run, which ends all the processes there are.
+    """
     exceeded = SETUP_FAILED if trouble else b""
     ended = os.pidfd_open(pid)
     poll = select.poll()
@@ -516,6 +522,8 @@ def _watch(control, pid, trouble, proc, limits):
                 os._exit(0)  # the other side is gone
             exceeded = exceeded or b"killed"
         exceeded = exceeded or _excess(proc, limits)
+        if exceeded and once:
+            return REPORT.pack(9, exceeded, 0.0) + trouble
         if exceeded:
             os.kill(pid, 9)
             if proc is None:
@@ -533,7 +541,7 @@ def _excess(proc, limits):
         return b""
     resident = count = 0
     for name in os.listdir(proc):
-        if name.isdigit() and name != "1":
+        if name.isdigit() and int(name) not in (1, os.getpid()):
             try:
                 fd = os.open(f"{name}/statm", os.O_RDONLY, dir_fd=proc)
                 resident += int(os.read(fd, 200).split()[1])

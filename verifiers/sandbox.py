@@ -285,6 +285,8 @@ class _Server:
         self.level, self.lost = level, False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
+        # bwrap maps its caller's user into the sandbox, and the kernel exempts root from process limits
+        other = 2_000_000_000 + os.getpid() if level == "bubblewrap" and os.geteuid() == 0 else None
         self.process = subprocess.Popen(
             _command(level, fd),
             pass_fds=[fd],
@@ -293,6 +295,9 @@ class _Server:
             stderr=subprocess.PIPE,
             env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
+            user=other,
+            group=other,
+            extra_groups=None if other is None else [],
         )
         theirs.close()
         self.control.settimeout(10.0)
@@ -343,7 +348,7 @@ def _command(level: str, fd: int) -> list[str]:
     python = [_python(), "-I", "-S", "-X", "utf8"]
     if level != "bubblewrap":
         return [*python, jail.__file__, level, str(fd)]
-    walls = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    walls = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     walls += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev"]
     for path in [*jail.readable_paths(), str(Path(_python()).parent)]:
         walls += ["--ro-bind", path, path]
