@@ -2,7 +2,7 @@
 
 The router scores every expert by a sigmoid in float32; a bias that no gradient touches decides who is chosen, never how
 much the chosen count, and `balance` moves it towards equal load. Knows nothing of attention or batches.
-Neighbours: `transformer.py` calls it and gathers the loads.
+Neighbours: `transformer.py` calls it and gathers the loads; on a GPU `reasoner.kernels` routes and runs the experts.
 
 Shapes: T tokens, D model width, E experts, G groups of them, K chosen per token, I width of an expert, A = T * K
 assignments in the order of experts, N sequences.
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
+from ..kernels.dispatch import target_of
 from .config import ReasonerConfig
 
 
@@ -54,8 +56,13 @@ class Router(nn.Module):
 
         Recorded ids are used instead of choosing, where they are not negative; they are weighted by the scores of now.
         """
-        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
-        experts_TK = self.choose(scores_TE.detach() + self.e_score_correction_bias)
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        scores_TE, bias_E = logits_TE.sigmoid(), self.e_score_correction_bias
+        if replay_TK is None and target_of(logits_TE):
+            limits = (self.chosen, self.groups, self.open_groups, self.normalise, self.scale)
+            weights_TK, experts_TK, _ = kernels.route(logits_TE, bias_E, *limits)
+            return weights_TK, experts_TK, scores_TE
+        experts_TK = self.choose(scores_TE.detach() + bias_E)
         if replay_TK is not None:
             experts_TK = torch.where(replay_TK < 0, experts_TK, replay_TK.long())
         weights_TK = scores_TE.gather(1, experts_TK)
@@ -83,6 +90,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        if target_of(x_TD):
+            return kernels.moe_experts(x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj)
         order_A = experts_TK.flatten().argsort(stable=True)
         tokens_A = order_A // experts_TK.shape[1]
         places_TK = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
