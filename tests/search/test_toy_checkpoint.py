@@ -1,13 +1,7 @@
-"""The toy chain as a real checkpoint: what holds by dynamic programming must hold through a served model.
-
-A llama whose attention and feed-forward write zeros knows only its last token. With one-hot embeddings and log P as
-output weights it is the chain itself, so logprobs, the stop token, deduplication and classes can be checked end to end.
-"""
+"""The toy chain as a real checkpoint: what holds by dynamic programming must hold through a served model."""
 
 import asyncio
-import math
 
-import numpy as np
 import pytest
 
 from search.adaptive import Adaptive
@@ -17,50 +11,17 @@ from search.cot import CotDecoding
 from search.distinct import Distinct
 from search.marginal import estimate
 from search.sample import Sample
-from search.toy import random_chain, same_number, trap
+from search.toy import ChainEngine, random_chain, same_number, trap
+from search.toy_checkpoint import write_checkpoint
 from search.tree import explore
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-NEVER = -60.0  # stands for log 0: 1e-26 of the mass
 
-
-def checkpoint(chain, folder):
-    """Write the chain as a llama with its tokenizer. Returns both."""
-    width, size = 64, len(chain.vocabulary)
-    config = transformers.LlamaConfig(
-        vocab_size=size,
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-        bos_token_id=chain.start,
-        eos_token_id=chain.end,
-    )
-    model = transformers.LlamaForCausalLM(config).float().eval()
-    with np.errstate(divide="ignore"):
-        table = np.maximum(np.log(chain.transition), NEVER)
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            weights.fill_(1.0 if "norm" in name else 0.0)
-        model.model.embed_tokens.weight[:size, :size] = torch.eye(size)
-        # RMSNorm makes the one-hot row sqrt(width) high.
-        model.lm_head.weight[:, :size] = torch.tensor(table.T / math.sqrt(width), dtype=torch.float32)
-    words = {f"<{i}>" if not word else word: i for i, word in enumerate(chain.vocabulary)}
-    from tokenizers import Tokenizer, decoders, models
-
-    backend = Tokenizer(models.WordLevel(words, unk_token=chain.vocabulary[chain.start]))
-    backend.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=f"<{chain.end}>", bos_token=chain.vocabulary[chain.start]
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model, tokenizer
+def load(chain, folder):
+    write_checkpoint(chain, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 CHAIN = trap()
@@ -70,12 +31,21 @@ CHAIN = trap()
 def engine(tmp_path_factory):
     from rollouts.local_engine import LocalEngine
 
-    return LocalEngine(*checkpoint(CHAIN, tmp_path_factory.mktemp("toy")), Sampling(max_tokens=12))
+    return LocalEngine(*load(CHAIN, tmp_path_factory.mktemp("toy")), Sampling(max_tokens=12))
 
 
 def run(search, engine, seed=0):
     search = bind(search, CHAIN.answer, same_number)
     return asyncio.run(explore(search, CHAIN.root(seed), engine)).paths
+
+
+def test_tokenizer_spells_what_the_chain_says(tmp_path):
+    _, tokenizer = load(CHAIN, tmp_path)
+    for path in asyncio.run(ChainEngine(CHAIN).extend(CHAIN.root(4), n=20)):
+        ids = list(path.ids[1:-1])
+        assert tokenizer.encode(path.text, add_special_tokens=False) == ids
+        assert tokenizer.decode(ids) == path.text
+    assert tokenizer.eos_token_id == CHAIN.end
 
 
 def test_served_logprobs_and_stop_token_are_the_chain_s(engine):
@@ -119,7 +89,7 @@ def test_served_searches_without_replacement_and_by_beam_are_exact(tmp_path):
     from rollouts.local_engine import LocalEngine
 
     chain = random_chain(2)
-    small = LocalEngine(*checkpoint(chain, tmp_path), Sampling(max_tokens=8))
+    small = LocalEngine(*load(chain, tmp_path), Sampling(max_tokens=8))
     root = Trajectory((chain.start,), seed=1)
     exact = sorted((lp for _, lp in chain.paths() if lp > -20), reverse=True)[:10]
     beam = asyncio.run(explore(Beam(width=400, branch=8, expand="top"), root, small)).paths
@@ -137,7 +107,7 @@ def test_vllm_serves_the_chain_as_dynamic_programming_has_it(tmp_path):
     from rollouts.cluster import Engines, cluster
     from rollouts.request import Placement
 
-    checkpoint(CHAIN, tmp_path)
+    write_checkpoint(CHAIN, tmp_path)
     probability = dict(CHAIN.paths())
     with cluster("local"):
         placement = Placement(max_model_len=64, kv_cache_gib=0.1)
