@@ -56,7 +56,8 @@ class Router(nn.Module):
 
         Recorded ids are used instead of choosing, where they are not negative; they are weighted by the scores of now.
         """
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        with torch.autocast(x_TD.device.type, enabled=False):  # a rounded score can choose another expert
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
         scores_TE, bias_E = logits_TE.sigmoid(), self.e_score_correction_bias
         if replay_TK is None and target_of(logits_TE):
             limits = (self.chosen, self.groups, self.open_groups, self.normalise, self.scale)
@@ -90,18 +91,21 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        gate_up, down, kind = self.gate_up_proj, self.down_proj, x_TD.device.type
+        if torch.is_autocast_enabled(kind):  # which does not know grouped products
+            x_TD, gate_up, down = (t.to(torch.get_autocast_dtype(kind)) for t in (x_TD, gate_up, down))
         if target_of(x_TD):
-            return kernels.moe_experts(x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj)
+            return kernels.moe_experts(x_TD, weights_TK, experts_TK, gate_up, down)
         order_A = experts_TK.flatten().argsort(stable=True)
         tokens_A = order_A // experts_TK.shape[1]
         places_TK = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
         places_TK = places_TK.view_as(experts_TK)
-        ends_E = torch.bincount(experts_TK.flatten(), minlength=len(self.down_proj)).cumsum(0).int()
+        ends_E = torch.bincount(experts_TK.flatten(), minlength=len(down)).cumsum(0).int()
         x_AD = Spread.apply(x_TD, tokens_A, places_TK)
-        gate_AI, up_AI = F.grouped_mm(x_AD, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        gate_AI, up_AI = F.grouped_mm(x_AD, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
         # Weighted before the last product: I columns instead of D, and the result is not kept for the backward pass.
         inner_AI = F.silu(gate_AI) * up_AI * weights_TK.flatten()[order_A, None]
-        y_AD = F.grouped_mm(inner_AI.to(x_TD.dtype), self.down_proj.transpose(1, 2), offs=ends_E)
+        y_AD = F.grouped_mm(inner_AI.to(x_TD.dtype), down.transpose(1, 2), offs=ends_E)
         return Gather.apply(y_AD, tokens_A, places_TK)
 
 

@@ -221,3 +221,26 @@ def test_balancing_adds_up_the_loads_of_all_processes(tmp_path):
     first, second = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
     assert torch.equal(first, second)
     assert (first[:8] < 0).all() and (first[8:] > 0).all() and first.mean().abs() < 1e-6
+
+
+def test_autocast_rounds_the_experts_and_not_the_router():
+    moe = layer()
+    x = torch.randn(40, 64)
+    wanted, experts, scores = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, rounded_experts, rounded_scores = moe(x)
+    got.float().square().sum().backward()
+    assert got.dtype == torch.bfloat16 and moe.experts.gate_up_proj.grad.dtype == torch.float32
+    assert torch.equal(rounded_experts, experts) and torch.equal(rounded_scores, scores)
+    assert 0 < (got - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_model_trains_under_autocast():
+    model = model_with_favourites()
+    ids = torch.randint(3, 32, (2, 9))
+    exact = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, labels=ids).loss
+    rounded.backward()
+    assert 0 < abs(exact - rounded) < 0.02
+    assert all(p.grad.isfinite().all() for p in model.parameters())
