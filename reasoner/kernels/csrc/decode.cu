@@ -123,7 +123,6 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
                 float factor = before == minus_infinity ? 0.0f : exp2_fast(before - after);
                 row_factor[row] = factor, row_max[row] = after, row_sum[row] = row_sum[row] * factor + sum;
             }
-            warp_barrier();
         }
         barrier();
 
@@ -152,9 +151,9 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
                 }
             }
         }
-        barrier();
+        barrier();  // the next turn fetches into this one's buffer
     }
-    copies_wait<0>();  // of a split without tokens
+    copies_wait<0>();  // the queries' of a split without tokens: a copy must not outlive its block
     barrier();
 
     UNROLL for (int m = 0; m < row_tiles; ++m)

@@ -105,7 +105,8 @@ DEVICE float warp_max(float value) {
     return value;
 }
 
-// The sum over a block, given to every thread. `scratch`: 33 numbers of shared memory, free again after the next barrier.
+// The sum over a block, given to every thread. `scratch`: 33 numbers of shared memory, free for the next sum at once and for
+// anything else after a barrier.
 template <class T> DEVICE T block_sum(T value, T* scratch) {
     value = warp_sum(value);
     if (lane() == 0) scratch[warp()] = value;
@@ -219,7 +220,7 @@ DEVICE void copy_async(void* to_shared, const void* from) {
     else store_vector(to_shared, uint4{0, 0, 0, 0});
 #else
     if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("misaligned copy");
-    emulator::copy_later(to_shared, from, 16);
+    emulator::copy_async(to_shared, from, 16);
 #endif
 }
 DEVICE void copies_commit() {

@@ -1,10 +1,10 @@
 // Runs a CUDA kernel on a CPU, so that the same source can be tested where there is no GPU.
 //
 // Threads of a block are fibers that switch only at barriers, warp exchanges and the end; blocks run one after another.
-// What it shows: wrong results, reads of shared memory nobody wrote (it is filled with NaN bits), missing barriers (the
-// order of threads is shuffled by a seed before every round), barriers that not every thread reaches (reported as a
-// deadlock), writes past the end of shared memory, asynchronous copies read before they were waited for, misaligned
-// vector accesses.
+// What it shows: wrong results; reads of shared memory nobody wrote (it is filled with NaN bits); missing barriers (the order
+// of threads is drawn from a seed, and warps run ahead of each other as far as barriers let them); barriers that not every
+// thread reaches (reported as a deadlock); writes past the end of shared memory; asynchronous copies that are read too early
+// or overwrite what is still in use (each lands at once or when waited for, by the seed); misaligned vector accesses.
 // What it cannot show: speed, bank conflicts, registers and spills, memory fences between blocks, real hangs.
 #pragma once
 #include <sys/mman.h>
@@ -159,16 +159,21 @@ inline const unsigned char (*exchange(const void* mine, int bytes))[slot_bytes] 
     return warp.slots[set];
 }
 
-inline void copy_later(void* to, const void* from, int bytes) {
-    machine.current->copies.push_back({to, from, bytes, machine.current->group});
+inline void land(const PendingCopy& copy) {
+    copy.from ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
+}
+
+inline void copy_async(void* to, const void* from, int bytes) {  // a real one may land at any time until it is waited for
+    PendingCopy copy{to, from, bytes, machine.current->group};
+    machine.next() % 2 ? land(copy) : machine.current->copies.push_back(copy);
 }
 
 inline void copies_arrive(int groups_left) {  // all groups of this thread but the newest `groups_left`
     Fiber& me = *machine.current;
     size_t kept = 0;
     for (PendingCopy& copy : me.copies) {
-        if (copy.group >= me.group - groups_left) { me.copies[kept++] = copy; continue; }
-        copy.from ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
+        if (copy.group >= me.group - groups_left) me.copies[kept++] = copy;
+        else land(copy);
     }
     me.copies.resize(kept);
 }
@@ -184,6 +189,25 @@ inline void entry() {
     abort();
 }
 
+// Lets every lane of a warp that can go on do so once; whether any could.
+inline bool run_round(int warp) {
+    Machine& m = machine;
+    int lanes[warp_size];
+    for (int i = 0; i < warp_size; ++i) lanes[i] = i;
+    for (int i = warp_size; i > 1; --i) std::swap(lanes[i - 1], lanes[m.next() % i]);
+    bool moved = false;
+    for (int lane : lanes) {
+        Fiber& fiber = m.fibers[warp * warp_size + lane];
+        if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
+        moved = true;
+        fiber.gate = nullptr;
+        m.current = &fiber;
+        m.scheduler.leave_for(fiber.context);
+        if (m.error[0]) return true;
+    }
+    return moved;
+}
+
 inline bool run_block(int threads, size_t shared_bytes) {
     Machine& m = machine;
     memset(m.shared_start, 0xFF, shared_bytes);  // NaN as float and as bf16
@@ -193,23 +217,23 @@ inline bool run_block(int threads, size_t shared_bytes) {
     m.warps.assign(threads / warp_size, {});
     m.fibers.clear();
     m.fibers.resize(threads);
-    std::vector<int> order(threads);
-    std::iota(order.begin(), order.end(), 0);
     for (int i = 0; i < threads; ++i) {
         m.fibers[i].index = i;
         m.fibers[i].context.start(m.stacks + i * stack_bytes, entry);
     }
+    // Warps take turns of one round or of as many as they can, so that some run far ahead of others; lanes are shuffled.
+    std::vector<int> turns(threads / warp_size);
+    std::iota(turns.begin(), turns.end(), 0);
     while (m.alive) {
         bool moved = false;
-        m.shuffle(order);
-        for (int i : order) {
-            Fiber& fiber = m.fibers[i];
-            if (fiber.done || (fiber.gate && *fiber.gate == fiber.seen)) continue;
-            moved = true;
-            fiber.gate = nullptr;
-            m.current = &fiber;
-            m.scheduler.leave_for(fiber.context);
-            if (m.error[0]) return false;
+        m.shuffle(turns);
+        for (int warp : turns) {
+            bool once = m.next() % 2;
+            while (run_round(warp)) {
+                moved = true;
+                if (m.error[0]) return false;
+                if (once) break;
+            }
         }
         if (!moved) {
             snprintf(m.error, sizeof m.error, "deadlock in block (%d, %d, %d): %d of %d threads wait, %d at the block's barrier",

@@ -84,8 +84,7 @@ DEVICE void product(Sums<m_tiles, n_tiles>& sums, int depth, A a, B b, bf16* mem
             }
         }
     }
-    copies_wait<0>();
-    barrier();
+    barrier();  // the stages are free for other use; every group that was not empty has been waited for
 }
 
 // Calls f(row in the tile, column in the tile, sum m, n, half) for the pairs of neighbours that this lane holds.

@@ -68,7 +68,6 @@ KERNEL(block) normalise_gradient(const T* x, const T* weight, const float* rstd,
             UNROLL for (int j = 0; j < 8; ++j) value[j] = scale * (factor[j] * by[j] - value[j] * dot);
             store_eight(d_x + static_cast<i64>(row) * width + first, value, width - first, vectors);
         }
-        barrier();  // the scratch of the sum is free again
     }
     for (int first = thread() * 8; first < width; first += block * 8)
         for (int j = 0; j < 8 && first + j < width; ++j) d_weight[static_cast<i64>(block_x()) * width + first + j] = sums[first + j];

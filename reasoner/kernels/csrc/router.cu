@@ -128,7 +128,6 @@ KERNEL(block) sort(const i64* chosen, int* order, int* place, int* ends, int ass
     int before = 0, own = 0;
     for (int a = thread(); a < assignments; a += block) before += chosen[a] < expert, own += chosen[a] == expert;
     before = block_sum(before, scratch);
-    barrier();
     own = block_sum(own, scratch);
     if (thread() == 0) ends[expert] = before + own;
     for (int tile = 0; tile < assignments; tile += block) {
