@@ -714,7 +714,7 @@ class _Reader:
         token = self.here
         if token is None:
             raise Unreadable("an argument is missing")
-        if token.kind == "num" and len(token.text) > 1:
+        if token.kind == "num" and len(token.text) > 1 and token.text[0] != ".":
             self.at += 1
             if token.text[1:2] != ".":
                 self.tokens.insert(self.at, Token("num", token.text[1:], False))

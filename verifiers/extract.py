@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 BARE = 240  # characters: a response no longer than this may be an answer without any marker
 LONGEST = 4000  # characters of an answer; what is longer is no answer
+TAIL = 50_000  # characters at the end of a response that are looked at
+BOXES = 64  # a response with more boxes commits to nothing
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
@@ -22,7 +24,9 @@ _CUE = re.compile(
 _REVISED = re.compile(r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I)
 _JOIN = re.compile(r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_SENTENCE = re.compile(r"[.!](?=\s+[A-Z]|\s*$)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b")
+_SENTENCE = re.compile(
+    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|thus|hence|therefore|making|giving)\b)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ def final(response: str) -> Found | None:
     text = _after_thinking(response)
     if text is None:
         return None
-    tags = [tag.strip() for tag in _TAG.findall(text)] if "answer>" in text.lower() else []
+    text = text[-TAIL:]
+    tags = [tag.strip() for tag in _TAG.findall(text)] if "</answer>" in text.lower() else []
     if tags:
         inner = [_inside_tag(tag) for tag in tags]
         outside = _boxes(_TAG.sub(" ", text))
@@ -48,7 +53,7 @@ def final(response: str) -> Found | None:
         if boxes:
             return _found(boxes, "box")
         if _BOX.search(text) and "{}" not in text:
-            return None  # a box that never closes: the response was cut off
+            return None  # a box that never closes (the response was cut off), or far too many
     for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math)):
         candidate = find(text)
         if candidate and not _BOX.search(candidate):
@@ -98,7 +103,8 @@ def closing(text: str, start: int) -> int:
 def _boxes(text: str) -> tuple[str, ...]:
     """Contents of the boxes that count: from the last revision on, with neighbours on one line joined to a list."""
     spans: list[tuple[int, int, str]] = []
-    for match in _BOX.finditer(text):
+    matches = list(_BOX.finditer(text))
+    for match in matches if len(matches) <= BOXES else ():
         if spans and match.start() < spans[-1][1]:  # a box in a box: the inner one is the answer
             if text[spans[-1][1] - 1 : spans[-1][1]] != "}":
                 continue
@@ -145,7 +151,7 @@ def _cue(text: str) -> str | None:
         pass
     if last is None:
         return None
-    rest = text[last.end() :].lstrip(" \t*_")
+    rest = text[last.end() :].lstrip(" \t*_")[:LONGEST]
     line = rest.lstrip("\n").partition("\n")[0]
     if re.match(r"\s*(?:\\\[|\$\$)\s*$", line):  # a display that opens on its own line
         display = _MATH.search(rest)
@@ -165,14 +171,14 @@ def _bare(text: str) -> str | None:
 
 def _lone_math(text: str) -> str | None:
     """The only formula of the last paragraph."""
-    last = text.strip().rpartition("\n\n")[2]
+    last = text.strip().rpartition("\n\n")[2][-LONGEST // 2 :]
     spans = [next(g for g in m.groups() if g) for m in _MATH.finditer(last)]
     return trim(spans[0]) if len(spans) == 1 else None
 
 
 def trim(text: str) -> str:
     """One answer without the sentence around it."""
-    text = text.strip().strip("*_`").strip()
+    text = text[:LONGEST].strip().strip("*_`").strip()
     span = _MATH.match(text)
     if span and not re.match(r"\s*(?:,|;|and\b|or\b|\\|%|[-+=<>^])", text[span.end() :]):
         tail = _SENTENCE.split(text[span.end() :])[0].strip(" *_")

@@ -260,8 +260,8 @@ class Math:
         a, b = left[1:], right[1:]
         if len(a) != len(b):
             return False
-        if set(kinds) == {"tuple", "bracket"} and len(a) == 2:
-            return False  # an open interval or a point against a closed interval
+        if "bracket" in kinds and kinds[0] != kinds[1] and len(a) == 2:
+            return False  # a closed interval against an open one, a point or two numbers
         if set(kinds) == {"list"} and self.order == "written":
             return self._unordered(a, b)
         return _all(self._same(x, y) for x, y in zip(_by_name(a), _by_name(b), strict=True))
@@ -290,6 +290,8 @@ class Math:
             return _all(self._same(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
         matrix, other = (left, right) if left[0] == "matrix" else (right, left)
         rows = matrix[1]
+        if all(part[0] in ("bracket", "tuple") for part in other[1:]):  # [[1, 2], [3, 4]]
+            return self._matrices(matrix, ("matrix", tuple(part[1:] for part in other[1:]))) if len({len(part) for part in other[1:]}) == 1 else False
         entries = tuple(row[0] for row in rows) if len(rows[0]) == 1 else rows[0] if len(rows) == 1 else ()
         if not entries or other[0] not in ("tuple", "bracket") or len(entries) != len(other) - 1:
             return False
@@ -331,8 +333,8 @@ class Math:
             return True
         if self.tolerance and _near(left, right, self.tolerance):
             return True
-        if exact is None and not symbols(left) and not symbols(right) and (numbers.value(left) is None) != (numbers.value(right) is None):
-            return False  # one side has a value, the other is beyond every bound
+        if exact is None and (symbols(left) != symbols(right) or numbers.defined(left) != numbers.defined(right)):
+            return False  # one has a value where the other has none
         return exact
 
 
@@ -491,8 +493,8 @@ def _signed(tree: Tree, sign: int) -> Tree:
     if tree[0] == "pm":
         inner = _signed(tree[1], sign)
         return inner if sign > 0 else ("neg", inner)
-    if tree[0] in ("add", "mul", "neg", "div"):
-        return (tree[0], *(_signed(part, sign) for part in tree[1:]))
+    if tree[0] in ("add", "mul", "neg", "div", "unit"):
+        return (tree[0], *(_signed(part, sign) if isinstance(part, tuple) else part for part in tree[1:]))
     return tree
 
 
@@ -584,12 +586,17 @@ def _proportional(left: Tree, right: Tree, *, positive: bool) -> bool | None:
     """Whether two functions differ by a constant factor (a positive one if asked): the same equation or inequality."""
     if symbols(left) != symbols(right):
         return False
-    for point in numbers._points(tuple(sorted(symbols(left))))[:6]:
-        at = [_value_at(tree, point) for tree in (left, right)]
-        if None in at or 0 in at:
-            continue
-        ratio: Tree = ("div", _put(left, point), _put(right, point))
-        if positive and not at[0] / at[1] > 0:
+    for point in numbers.points(tuple(sorted(symbols(left))))[:6]:
+        one, two = _put(left, point), _put(right, point)
+        a, b = rational_or_none(one), rational_or_none(two)
+        if a and b:
+            ratio: Tree = ("num", a / b, 0)
+        else:
+            a, b = numbers.value(one), numbers.value(two)
+            if not a or not b or not (hasattr(a, "_mpf_") and hasattr(b, "_mpf_")):
+                continue
+            ratio = ("div", one, two)
+        if positive and not a / b > 0:
             return False
         return numbers.zero(("add", left, ("neg", ("mul", ratio, right))))
     return None
@@ -599,10 +606,6 @@ def _put(tree: Tree, point: dict[str, Fraction]) -> Tree:
     if tree[0] == "sym":
         return ("num", point[tree[1]], 0)
     return (tree[0], *(_put(part, point) if isinstance(part, tuple) else part for part in tree[1:]))
-
-
-def _value_at(tree: Tree, point: dict[str, Fraction]) -> Any | None:
-    return numbers.value(_put(tree, point))
 
 
 def _same_relation(left: Tree, right: Tree) -> bool | None:

@@ -543,6 +543,8 @@ def _raise(mp: Any, base: Any, exponent: Any, exact: Fraction | None, real: bool
     if size > MAGNITUDE:
         raise Beyond("magnitude")
     negative = isinstance(base, mp.mpf) and base < 0
+    if exact is None and isinstance(exponent, mp.mpf) and abs(exponent) < 10**6 and mp.isint(exponent):
+        exact = Fraction(int(exponent))
     if exact is not None and exact.denominator == 1:
         return base ** exact.numerator
     if negative and exact is not None and exact.denominator % 2:
@@ -589,9 +591,32 @@ _MP = {
 }  # fmt: skip
 
 
+def defined(tree: Tree) -> bool:
+    """Whether the expression has a value at one of the points at least."""
+    mp = _context()
+    for point in points(tuple(sorted(symbols(tree)))):
+        at = {name: mp.mpf(value.numerator) / value.denominator for name, value in point.items()}
+        try:
+            evaluate(tree, at, real=not _mentions_i(tree))
+            return True
+        except (Undefined, Beyond, OverflowError, ZeroDivisionError, ValueError):
+            continue
+    return False
+
+
+def _steps(tree: Tree) -> bool:
+    """Whether a rounding or a choice of the larger depends on a symbol."""
+    if tree[0] == "fn" and tree[1] in ("floor", "ceil", "max", "min", "gcd", "lcm") and symbols(tree):
+        return True
+    return any(_steps(part) for part in tree[1:] if isinstance(part, tuple))
+
+
 def symbols(tree: Tree) -> frozenset[str]:
+    """Names the expression depends on, an unknown function being one of them."""
     if tree[0] == "sym":
         return frozenset((tree[1],))
+    if tree[0] == "fn" and tree[1].startswith("call "):
+        return frozenset((tree[1],)).union(*(symbols(part) for part in tree[2:]))
     return frozenset().union(*(symbols(part) for part in tree[1:] if isinstance(part, tuple)))
 
 
@@ -600,10 +625,10 @@ def _mentions_i(tree: Tree) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _points(names: tuple[str, ...]) -> tuple[dict[str, Fraction], ...]:
-    """Fixed points: inside (0, 1), around 1, negative, large; then whole numbers for what is defined only there."""
+def points(names: tuple[str, ...]) -> tuple[dict[str, Fraction], ...]:
+    """Fixed points: inside (0, 1), around 1, negative, small and large; then whole numbers for what is defined only there."""
     draw = random.Random("points/" + "/".join(names))
-    ranges = ((0, 1), (1, 4), (-4, 4), (0, 1), (-1, 1), (5, 40), (-40, 40), (1, 4))
+    ranges = ((0, 1), (1, 4), (-4, 4), (0, 1), (-1, 1), (5, 40), (-40, 40), (1, 4), (100, 5000), (-5000, -100))
     found = [{name: Fraction(draw.randrange(low * 10**6 + 1, high * 10**6), 10**6) for name in names} for low, high in ranges]
     whole = [{name: Fraction(draw.randrange(1, 12)) for name in names} for _ in range(4)]
     return (*found, *whole)
@@ -655,27 +680,26 @@ def _vanishes(tree: Tree, terms: Tree) -> bool | None:
     names = tuple(sorted(symbols(tree)))
     mp = _context()
     real = not _mentions_i(tree)
-    defined = 0
-    points = _points(names) if names else ({},)
-    for count, point in enumerate(points):
-        if count >= 8 and defined >= 3:
+    held = 0  # points where it has a value
+    for count, point in enumerate(points(names) if names else ({},)):
+        if count >= 10 and held >= 3:
             break
         at = {name: mp.mpf(value.numerator) / value.denominator for name, value in point.items()}
         try:
             evaluate(tree, at, real=real)  # every part must have a value, also where the sum of terms cancelled it
             values = [evaluate(part, at, real=real) for part in (terms[1:] if terms[0] == "add" else (terms, ("num", Fraction(1), 0)))]
-        except Undefined:
+        except (Undefined, Beyond, OverflowError, ZeroDivisionError, ValueError):
             continue
-        except (Beyond, OverflowError, ZeroDivisionError, ValueError):
-            return None
         scale = max(abs(value) for value in values)
         total = sum(values) if terms[0] == "add" else values[0]
         if scale and abs(total) > scale * mp.mpf(10) ** -AGREE:
             return False
-        defined += 1
-    if not names and real and not defined:
+        held += 1
+    if not names and real and not held:
         return _vanishes_complex(tree, terms)
-    return True if defined >= (3 if names else 1) else None
+    if names and _steps(tree):
+        return None  # floor(x) and floor(x + 1/10^9) agree at every point tried
+    return True if held >= (3 if names else 1) else None
 
 
 def _vanishes_complex(tree: Tree, terms: Tree) -> bool | None:

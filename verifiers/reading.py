@@ -149,7 +149,7 @@ def _is_words(plain: str, *, wrapped: bool) -> bool:
 
 
 def _comparable(plain: str) -> str:
-    words = re.findall(r"[a-z]+|[0-9]+", plain.lower().replace(".m", "m"))
+    words = re.findall(r"[a-z]+|-?[0-9]+(?:\.[0-9]+)?|[<>+*/%$=]", plain.lower().replace(".m", "m"))
     return " ".join(word for word in words if word not in ("the", "a", "an"))
 
 

@@ -1,6 +1,7 @@
 r"""The math judge's own truth tables: what must never be accepted, then what must not be refused."""
 
 import ast
+import random
 import threading
 import time
 from pathlib import Path
@@ -653,6 +654,23 @@ def test_hostile_answers_are_refused_in_bounded_time(answer):
         verdict = judge(gold, rf"\boxed{{{answer}}}")
         assert verdict.correct is not True
         assert time.perf_counter() - start < 1.0  # 0.05 s on a free core
+
+
+PIECES = (
+    r"\frac|{|}|1|2|x|+|-|^|_|(|)|[|]|,|\sqrt|\pi|=|<|\le|\text{|cm| |\infty|\cup|\{|\}|%|\circ|\pm|!|\sin|\log|e|i|0|.|\begin{pmatrix}|\end{pmatrix}|&|\\|$|\boxed{|or|and|\mathbb{R}|\setminus|12|"
+    r"\binom|\lfloor|\rfloor|:|;|\in|°|√|½|A|(B)|\angle|'|\overline{|...|\approx|/|*|\cdot|\$|\$\pm|miles|per|yes|10^{|9^9"
+).split("|") + ["|"]
+
+
+def test_no_text_makes_the_judge_fail_or_lose_its_symmetry():
+    draw = random.Random("pieces")
+    golds = ["5", "x^2+1", "(1,2)", "x>5", r"\sqrt{2}", "1,2,3", "C", r"\text{east}", "[0,1)", "y=2x", r"5\text{ cm}"]
+    for _ in range(6000):
+        text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, draw.choice((6, 12, 40)))))
+        gold = draw.choice(golds)
+        verdict = judge(gold, rf"\boxed{{{text}}}" if draw.random() < 0.5 else text)
+        assert verdict.seconds < 1.0, text
+        assert Math().equal(gold, text) == Math().equal(text, gold), (gold, text)
 
 
 def test_a_tower_of_powers_equals_itself_and_not_its_neighbour():
