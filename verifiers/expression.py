@@ -55,7 +55,7 @@ _COMMANDS = {
     "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "≈", "simeq": "≈", "thickapprox": "≈",
     "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "langle": "(", "rangle": ")", "degree": "°", "lor": "or", "vee": "or",
-    "land": "and", "wedge": "and", "colon": ":", "lparen": "(", "rparen": ")",
+    "land": "and", "wedge": "and", "colon": ":", "pounds": "£", "textdollar": "$", "lparen": "(", "rparen": ")",
 }  # fmt: skip
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*", "÷": "/", "⁄": "/", "∕": "/", "√": "\\sqrt ", "∛": "\\cbrt ",
@@ -135,7 +135,9 @@ def tokens(text: str, *, thousands: bool = True) -> list[Token]:
             if words:
                 content = words.group(1).strip()
                 at = words.end()
-                if content:
+                if content in ("%", "\\%"):
+                    found.append(Token("op", "%", True))
+                elif content:
                     found.append(Token("text", content, True))
                 spaced = True
                 continue
@@ -159,9 +161,12 @@ def tokens(text: str, *, thousands: bool = True) -> list[Token]:
     return found
 
 
-def parse(text: str, *, thousands: bool = True, glued_units: bool = False) -> Tree:
-    """The tree of normalised text. Raises Unreadable."""
-    reader = _Reader(tokens(text, thousands=thousands), glued_units)
+def parse(text: str, *, thousands: bool = True, letters: str = "spaced") -> Tree:
+    """The tree of normalised text. Raises Unreadable.
+
+    `letters` says when one letter after a number is a unit: "spaced" (5 m), "always" (5m), "never".
+    """
+    reader = _Reader(tokens(text, thousands=thousands), letters)
     tree = reader.statements()
     if reader.here is not None:
         raise Unreadable(f"{reader.here.text!r} is unexpected")
@@ -185,8 +190,8 @@ def number(literal: str) -> Tree:
 class _Reader:
     """Recursive descent over tokens; `at` is the only state besides the bounds."""
 
-    def __init__(self, tokens: list[Token], glued_units: bool):
-        self.tokens, self.at, self.depth, self.bars, self.glued = tokens, 0, 0, 0, glued_units
+    def __init__(self, tokens: list[Token], unit_letters: str):
+        self.tokens, self.at, self.depth, self.bars, self.unit_letters = tokens, 0, 0, 0, unit_letters
 
     @property
     def here(self) -> Token | None:
@@ -345,7 +350,8 @@ class _Reader:
         if not _quantity(left):
             return len(word) >= 4
         if len(word) == 1:
-            return unit_of(word) is not None and (token.spaced or self.glued) and self.ends_after(1)
+            wanted = self.unit_letters == "always" or (self.unit_letters == "spaced" and token.spaced)
+            return wanted and _plain(left) and unit_of(word) is not None and self.ends_after(1)
         return unit_of(word) is not None or len(word) >= 4
 
     def ends_after(self, count: int) -> bool:
@@ -715,9 +721,10 @@ class _Reader:
         if token is None:
             raise Unreadable("an argument is missing")
         if token.kind == "num" and len(token.text) > 1 and token.text[0] != ".":
+            if not token.text.isdigit():
+                raise Unreadable(f"an argument {token.text!r} without braces")
             self.at += 1
-            if token.text[1:2] != ".":
-                self.tokens.insert(self.at, Token("num", token.text[1:], False))
+            self.tokens.insert(self.at, Token("num", token.text[1:], False))
             return number(token.text[0])
         return self.atom()
 
@@ -796,6 +803,8 @@ class _Reader:
         name = self.here.text if self.here is not None else ""
         self.at += 1
         self.need("}")
+        if name in ("cases", "aligned"):
+            return self.system()
         if name == "array":
             self.need("{")
             while not self.take("}"):
@@ -830,6 +839,22 @@ class _Reader:
         return ("matrix", tuple(tuple(row) for row in rows))
 
 
+    def system(self) -> Tree:
+        """Statements on lines of their own: `\begin{cases} x = 1 \\\\ y = 2 \end{cases}`."""
+        items = [self.statement()]
+        while self.take("\\\\", ","):
+            if self.here is not None and self.here.kind == "cmd" and self.here.text == "end":
+                break
+            items.append(self.statement())
+        if self.here is None or self.here.kind != "cmd" or self.here.text != "end":
+            raise Unreadable("cases with conditions")
+        self.at += 1
+        self.need("{")
+        self.at += 1
+        self.need("}")
+        return ("list", *items)
+
+
 def _times(left: Tree, right: Tree) -> Tree:
     return ("mul", *left[1:], right) if left[0] == "mul" else ("mul", left, right)
 
@@ -838,7 +863,12 @@ def _quantity(tree: Tree) -> bool:
     """Whether a unit may follow: the last factor is a number, a percentage, a constant or a root."""
     while tree[0] in ("mul", "neg", "add"):
         tree = tree[-1]
-    return tree[0] in ("num", "const", "pct") or (tree[0] in ("pow", "div") and all(t[0] in ("num", "const", "pow", "mul", "div", "neg", "add") for t in tree[1:]))
+    return tree[0] in ("num", "pct") or tree == ("const", "pi") or (tree[0] in ("pow", "div") and all(t[0] in ("num", "const", "pow", "mul", "div", "neg", "add") for t in tree[1:]))
+
+
+def _plain(tree: Tree) -> bool:
+    """Made of numbers alone: in `2 \pi h` the h is a symbol."""
+    return tree[0] == "num" or (tree[0] in ("add", "mul", "div", "neg", "pow", "pct", "pm") and all(_plain(part) for part in tree[1:]))
 
 
 def _is_mixed(left: Tree, right: Tree, glued: Token) -> bool:

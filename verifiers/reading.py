@@ -25,6 +25,9 @@ _OTHER_CHOICE = re.compile(r"^(?:or|and)\b|^[,;/&+*^=<>]|(?:^|[\s,;])\(?[A-J](?:
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z\s'\-.,&]*")
 _KNOWN = FUNCTIONS | frozenset("pi inf infinity and or frac alpha beta gamma delta theta lambda mu phi omega sigma tau rho".split())
 _FOREIGN = re.compile(r"(?=.*[^\W\d_a-zA-Z]{2})(?!.*[α-ωΑ-Ω])[^\W\d_][\w\s'.,-]*")  # words in other alphabets, or with accents
+_CONDITION = re.compile(  # "..., k in Z": which numbers a letter of a general solution runs through
+    r"(?<=[^\s{(|:])\s*(?:[,;]|\(|\\text\s*\{\s*,?\s*(?:where|for|with)\s*\}|(?:where|for)\b)\s*[a-zA-Z]\s*\\in\s*(?:\\math(?:bb|bf|rm)\s*)?\{?\s*[ZNQ]\s*\}?(?:\s*[_^]\s*\{?[+*]\}?)?\s*\)?$"
+)
 _CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*[ap]\.?m\.?", re.IGNORECASE)
 _NAMED_NUMBER = re.compile(r"(?!sqrt|cbrt|infinity|" + "|".join(sorted(w for w in _KNOWN if len(w) > 3)) + r")[A-Za-z]{4,},? \d{1,4}(?:(?:st|nd|rd|th)?,? \d{1,4})?")  # June 20, 1999
 _SPELLED = {
@@ -92,7 +95,7 @@ def cleaned(text: str) -> str:
         text = text[:-1].rstrip()
     if text.endswith("\\\\"):
         text = text[:-2].rstrip()
-    text = text.strip()
+    text = _CONDITION.sub("", text).strip() if "\\in" in text else text.strip()
     if len(text) > 2 and text[0] == "{" and _closes(text, "{", "}") and "," not in text:
         text = text[1:-1].strip()
     return text
@@ -176,7 +179,8 @@ def _trees(text: str) -> tuple[tuple[Tree, ...], str]:
     why = ""
     grouped = re.search(r"\d,\d{3}(?!\d)", text) or re.search(r"\d \d{3}(?!\d)", text)
     glued = re.search(r"\d[A-Za-z](?![A-Za-z(_])", text)
-    for options in ({}, {"thousands": False} if grouped else None, {"glued_units": True} if glued else None):
+    spaced = re.search(r"[\w}] +[A-Za-z](?![A-Za-z])", text)
+    for options in ({}, {"thousands": False} if grouped else None, {"letters": "always"} if glued else None, {"letters": "never"} if spaced else None):
         if options is None:
             continue
         try:
