@@ -18,16 +18,16 @@ from verifiers.sandbox import Limits, Sandbox
 
 RECORD = """
 def _record(*args, **kwargs):
-    call = {{"args": _plain(list(args)), "kwargs": _plain(kwargs)}}  # now: the candidate may change its arguments
-    call["expected"] = _plain(value := {entry_point}(*args, **kwargs))
+    call = [_encode([list(args), kwargs])]  # now: the candidate may change its arguments
+    call.append(_encode(value := {entry_point}(*args, **kwargs)))
     _calls.append(call)
     return value
 
-_names, _calls = {{}}, []
-exec({encode!r}, _names)
-_plain = _names["encode"]
-check(_record)
 import json
+_names, _calls = {{"quote": json.dumps}}, []
+exec({encode!r}, _names)
+_encode = _names["encode"]
+check(_record)
 print(json.dumps(_calls))
 """
 
@@ -42,16 +42,17 @@ def load(isolation: str = "auto") -> list[Task]:
 
 def _task(problem: dict[str, str], sandbox: Sandbox) -> Task:
     solution = problem["prompt"] + problem["canonical_solution"]
-    record = RECORD.format(entry_point=problem["entry_point"], encode=inspect.getsource(jail.encode))
-    program = "\n".join((solution, problem["test"], record))
+    encode = inspect.getsource(jail.encode) + inspect.getsource(jail._tagged)
+    program = "\n".join((solution, problem["test"], RECORD.format(entry_point=problem["entry_point"], encode=encode)))
     said = sandbox.script(program, stdin="", seconds=30.0)
     if said.error:
         raise RuntimeError(f"{problem['task_id']}: its own solution does not pass its own test: {said.error} {said.stderr}")
-    reference = {"kind": "call", "entry_point": problem["entry_point"], "tests": _decoded(json.loads(said.stdout))}
+    reference = {"kind": "call", "entry_point": problem["entry_point"], "tests": _tests(json.loads(said.stdout))}
     question = f"Complete this function. Give the whole function in a fenced block.\n\n{problem['prompt']}"
     meta = {"solution": solution, "test": problem["test"]}
     return Task(problem["task_id"], ({"role": "user", "content": question},), reference, "code", meta)
 
 
-def _decoded(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: jail.decode(value) for key, value in call.items()} for call in calls]
+def _tests(calls: list[list[str]]) -> list[dict[str, Any]]:
+    read = [[jail.decode(json.loads(text)) for text in call] for call in calls]
+    return [{"args": args, "kwargs": kwargs, "expected": expected} for (args, kwargs), expected in read]

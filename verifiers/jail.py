@@ -15,18 +15,24 @@ it, because starting it is what a cold run costs. It knows neither tests nor exp
 
 import ctypes
 import gc
+import marshal
 import os
 import resource
 import select
 import struct
 import sys
 
+try:
+    from _json import encode_basestring_ascii as quote  # the module json takes 6 ms to import
+except ImportError:
+    from json.encoder import encode_basestring_ascii as quote
+
 HEADER = struct.Struct("<QQQQ")  # memory bytes, processes, disk bytes, CPU seconds: the limits of one run
 REPORT = struct.Struct("<i8sd")  # wait status, what was exceeded ("" if nothing), CPU seconds used
 SETUP_FAILED = b"setup"  # as what was exceeded: our failure, not the program's
 INSIDE_ID = 1000  # user and group of the program inside
-PRELOAD = ("json", "types", "re", "math", "random", "collections", "itertools", "functools", "heapq", "bisect", "string",
-           "typing", "operator", "copy", "threading", "traceback", "datetime", "decimal", "fractions")  # fmt: skip
+PRELOAD = ("types", "re", "math", "random", "collections", "itertools", "functools", "heapq", "bisect", "string",
+           "typing", "operator", "copy", "threading", "traceback", "json", "datetime", "decimal", "fractions")  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
@@ -40,40 +46,45 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NE
 
 
 def encode(value):
-    """Plain Python data as JSON-able data. Subclasses are read as the plain value they wrap, by the base class's methods,
-    so that no method of theirs has a say. Raises TypeError for what is not plain data.
+    """Plain Python data as JSON text. Subclasses are read as the plain value they wrap, by the base class's methods,
+    so that no method of theirs has a say. What JSON lacks is tagged: {"~": "tuple", "v": [...]}.
+    Raises TypeError for what is not plain data.
     """
     kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
+    if value is None or kind is bool:
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):
         value = int.__add__(value, 0)
-        return value if -(1 << 63) <= value < 1 << 64 else {"~": "int", "v": hex(value)}
+        return int.__repr__(value) if -(1 << 63) <= value < 1 << 64 else _tagged("int", f'"{value:x}"')
     if isinstance(value, float):
-        return float.__pos__(value)
+        text = float.__repr__(float.__pos__(value))
+        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(text, text)
     if isinstance(value, str):
-        return str.__str__(value)
+        return quote(str.__str__(value))
     if isinstance(value, list):
-        return [encode(part) for part in list.__iter__(value)]
-    if isinstance(value, tuple):
-        return {"~": "tuple", "v": [encode(part) for part in tuple.__iter__(value)]}
+        return f"[{','.join([encode(part) for part in list.__iter__(value)])}]"
     if isinstance(value, dict):
-        pairs = [[encode(key), encode(part)] for key, part in dict.items(value)]
-        if "~" not in dict.keys(value) and all(type(key) is str for key, _ in pairs):
-            return dict(pairs)
-        return {"~": "dict", "v": pairs}
-    for base in (set, frozenset):
+        pairs = [(encode(key), encode(part)) for key, part in dict.items(value)]
+        if all(key[0] == '"' and key != '"~"' for key, _ in pairs):
+            return f"{{{','.join([f'{key}:{part}' for key, part in pairs])}}}"
+        return _tagged("dict", f"[{','.join([f'[{key},{part}]' for key, part in pairs])}]")
+    for base in (tuple, set, frozenset):
         if isinstance(value, base):
-            return {"~": base.__name__, "v": [encode(part) for part in base.__iter__(value)]}
+            return _tagged(base.__name__, f"[{','.join([encode(part) for part in base.__iter__(value)])}]")
     if isinstance(value, bytes):
-        return {"~": "bytes", "v": bytes.hex(value)}
+        return _tagged("bytes", f'"{bytes.hex(value)}"')
     if isinstance(value, complex):
-        return {"~": "complex", "v": [complex.__add__(value, 0j).real, complex.__add__(value, 0j).imag]}
+        value = complex.__add__(value, 0j)
+        return _tagged("complex", f"[{encode(value.real)},{encode(value.imag)}]")
     raise TypeError(f"{kind.__name__} is not plain data")
 
 
+def _tagged(kind, text):
+    return f'{{"~":"{kind}","v":{text}}}'
+
+
 def decode(data):
-    """The inverse of `encode`. Raises ValueError, TypeError or KeyError for data that `encode` does not make."""
+    """Plain Python data from what `json.loads` makes of `encode`'s text. Raises ValueError, TypeError or KeyError for other data."""
     if isinstance(data, list):
         return [decode(part) for part in data]
     if not isinstance(data, dict):
@@ -97,10 +108,7 @@ def decode(data):
 
 def _drive():
     """Run the program that comes in by fd 3. Never returns."""
-    import json
-
-    source = _Lines(3)
-    order = json.loads(source.next())
+    order = _request()
     for name, ends in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         setattr(sys, name, open(ends, "r" if ends == 0 else "w", encoding="utf-8", errors="replace", closefd=False))
     sys.argv = ["program.py"]
@@ -110,7 +118,7 @@ def _drive():
         os.closerange(3, 5)
         _as_script(order["code"])
     else:
-        _as_function(order["code"], order["entry_point"], source, json)
+        _as_function(order["code"], order["entry_point"])
 
 
 def _namespace(name):
@@ -149,9 +157,9 @@ def _as_script(code):
     os._exit(status & 255)
 
 
-def _as_function(code, entry_point, source, json):
-    def reply(**message):
-        data = json.dumps(message).encode() + b"\n"
+def _as_function(code, entry_point):
+    def reply(text):
+        data = text.encode() + b"\n"
         while data:
             data = data[os.write(4, data) :]
 
@@ -161,38 +169,36 @@ def _as_function(code, entry_point, source, json):
         if entry_point not in names:
             raise NameError(f"the program defines no {entry_point}")
         function = names[entry_point]
-        reply(loaded=True)
+        reply('{"value":null}')
     except BaseException as error:
-        reply(error=_said(error))
+        reply(_trouble(error))
         os._exit(1)
-    while line := source.next():
-        call = decode(json.loads(line))
+    while call := _request():
         try:
-            value = encode(function(*call["args"], **call["kwargs"]))
-            reply(value=value)
+            reply(f'{{"value":{encode(function(*call["args"], **call["kwargs"]))}}}')
         except BaseException as error:
-            reply(error=_said(error))
+            reply(_trouble(error))
     os._exit(0)
 
 
-def _said(error):
-    return f"{type(error).__name__}: {error}"[:300]
+def _trouble(error):
+    return f'{{"error":{quote(f"{type(error).__name__}: {error}"[:300])}}}'
 
 
-class _Lines:
-    """Lines from a file descriptor, read no further than needed."""
+def _request():
+    """The next message on fd 3, which comes from the trusted side; None when there are no more."""
+    size = _exactly(4)
+    return marshal.loads(_exactly(int.from_bytes(size, "big"))) if size else None
 
-    def __init__(self, fd):
-        self.fd, self.rest = fd, b""
 
-    def next(self):
-        while b"\n" not in self.rest:
-            part = os.read(self.fd, 1 << 16)
-            if not part:
-                return b""
-            self.rest += part
-        line, _, self.rest = self.rest.partition(b"\n")
-        return line
+def _exactly(size):
+    data = b""
+    while len(data) < size:
+        part = os.read(3, min(size - len(data), 1 << 20))
+        if not part:
+            return b""
+        data += part
+    return data
 
 
 # -- walls -------------------------------------------------------------------------------------------------------
@@ -282,11 +288,9 @@ def readable_paths():
 
 def hidden_paths():
     """Installed packages: among them may be benchmarks with their answers."""
-    import glob
-
-    found = []
-    for path in readable_paths():
-        found += glob.glob(f"{path}/python3*/site-packages") + glob.glob(f"{path}/python3*/dist-packages")
+    folders = [f"{path}/{name}" for path in readable_paths() if path.endswith("lib") for name in os.listdir(path)]
+    pythons = [folder for folder in folders if os.path.basename(folder).startswith("python3")]
+    found = [f"{folder}/{kind}-packages" for folder in pythons for kind in ("site", "dist")]
     return [path for path in found if os.path.isdir(path) and not os.path.islink(path)]
 
 

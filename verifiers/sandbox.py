@@ -6,7 +6,7 @@
         sandbox.script(program, stdin="3\\n", seconds=1.0).stdout
 
 The caller keeps the expected outputs; they never enter the sandbox. Inputs enter one call at a time. What comes back is
-bounded JSON, never unpickled, and only ever a claim: whoever forges a reply must know the right output to gain by it.
+bounded JSON text, never unpickled or evaluated, and only ever a claim: whoever forges a reply must know the right output to gain by it.
 Knows nothing of tests or scores. Neighbours: `jail` is the inside; `code` and `arc` judge with it.
 
 Levels of isolation, in each `level` and so in each verdict:
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import array
 import json
+import marshal
 import os
 import select
 import shutil
@@ -56,7 +57,7 @@ class Limits:
     """What one run may take. `output_bytes` bounds what it prints, and each reply."""
 
     memory_mb: int = 512
-    processes: int = 32  # threads count
+    processes: int = 20  # threads count
     disk_mb: int = 64
     output_bytes: int = 4 << 20
 
@@ -140,7 +141,7 @@ class Run:
         self._stdin, self._stdout, self._stderr, self._requests, self._replies = outside
         for fd in outside:
             os.set_blocking(fd, False)
-        self._to_send = {self._requests: json.dumps(order).encode() + b"\n"}
+        self._to_send = {self._requests: _request(order)}
         self._got = {fd: bytearray() for fd in (self._stdout, self._stderr, self._replies)}
         self._open = set(outside)
         self._why = ""  # why it ended, once it has
@@ -157,8 +158,8 @@ class Run:
 
     def call(self, args: list[Any], kwargs: dict[str, Any], *, seconds: float) -> Reply:
         """The program's function on these arguments."""
-        call = {"args": [jail.encode(arg) for arg in args], "kwargs": {key: jail.encode(kwargs[key]) for key in kwargs}}
-        self._to_send[self._requests] = json.dumps(call).encode() + b"\n"
+        call = jail.encode({"args": list(args), "kwargs": dict(kwargs)})
+        self._to_send[self._requests] = _request(jail.decode(json.loads(call)))
         return self.reply(seconds)
 
     def reply(self, seconds: float) -> Reply:
@@ -276,6 +277,12 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _request(message: Any) -> bytes:
+    """A message for the inside. Inwards `marshal` may be used: this side is trusted, and both are the same Python."""
+    data = marshal.dumps(message)
+    return len(data).to_bytes(4, "big") + data
 
 
 class _Server:

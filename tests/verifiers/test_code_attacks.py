@@ -17,6 +17,7 @@ CALL = {
 }
 STDIO = {"kind": "stdio", "tests": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "-4\n", "stdout": "16\n"}], "time_limit_s": 0.7}
 JUDGE = Code()
+SLACK_S = 0.8  # on a machine that is busy with other tests; `make bench-verifiers` measures it on a quiet one
 
 
 def verdict(reference, program, judge=JUDGE):
@@ -57,7 +58,8 @@ CALL_ATTACKS = {
     # patched interpreter
     "patched isinstance": "import builtins\nbuiltins.isinstance = lambda *a: True\nclass A:\n  def __eq__(s, o): return True\n"
     "def solve(x): return A()",
-    "patched json": "import json\njson.dumps = lambda *a, **k: '{\"value\": true}'\ndef solve(x): return 1",
+    "patched json": "import json, sys\njson.dumps = lambda *a, **k: '{\"value\": true}'\nfor m in list(sys.modules.values()):\n"
+    "  if hasattr(m, 'quote'): m.quote = lambda s: '9'\ndef solve(x): return ''",
     "patched encode": "import sys\nsys._getframe(2).f_globals['encode'] = lambda v: True\ndef solve(x): return 1",
     "patched os.write": "import os\nw = os.write\nos.write = lambda fd, d: w(fd, b'{\"value\": 1}\\n')\ndef solve(x): return 1",
     "patched type": "import builtins\nbuiltins.type = lambda o: int\ndef solve(x): return object()",
@@ -126,7 +128,7 @@ def test_call_attack_is_refused(name):
     start = time.monotonic()
     said = verdict(CALL, CALL_ATTACKS[name])
     assert said.status == "scored" and said.correct is False and said.score == 0.0, said
-    assert time.monotonic() - start < 0.7 + 0.25 + 0.1
+    assert time.monotonic() - start < 0.7 + SLACK_S
 
 
 @pytest.mark.parametrize("name", STDIO_ATTACKS)
@@ -134,7 +136,7 @@ def test_stdio_attack_is_refused(name):
     start = time.monotonic()
     said = verdict(STDIO, STDIO_ATTACKS[name])
     assert said.status == "scored" and said.correct is False, said
-    assert time.monotonic() - start < 0.7 + 0.25 + 0.1
+    assert time.monotonic() - start < 0.7 + SLACK_S
 
 
 # What a program tries on the machine. Each prints what it managed: "no" throughout, or the sandbox leaks.
@@ -242,7 +244,7 @@ def descendants():
 def test_fork_bomb_is_contained():
     start = time.monotonic()
     assert verdict(STDIO, "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass").correct is False
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 0.7 + SLACK_S
     assert verdict(STDIO, "print(int(input()) ** 2)").correct is True
 
 
