@@ -5,6 +5,8 @@ Knows no tensors. Neighbours: `transformer.py` builds what this describes; `chec
 
 from __future__ import annotations
 
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import DeepseekV3Config
@@ -48,6 +50,9 @@ class ReasonerConfig(DeepseekV3Config):
                 f"num_experts_per_tok={self.num_experts_per_tok} cannot be chosen from topk_group={self.topk_group} of "
                 f"n_group={self.n_group} groups of {self.n_routed_experts // self.n_group} experts: raise topk_group"
             )
+        for key, step in (("hidden_size", 8), ("moe_intermediate_size", 8), ("qk_rope_head_dim", 2)):
+            if getattr(self, key) % step or getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be a positive multiple of {step}")
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group={self.n_group} does not divide n_routed_experts={self.n_routed_experts}")
 
@@ -58,6 +63,10 @@ class ReasonerConfig(DeepseekV3Config):
         Query and key heads are 32 + 32 wide, so that vLLM serves it on the CPU with VLLM_MLA_DISABLE=1. With
         moe_intermediate_size=64 it has 2.9 million and a training step takes 1.3 times as long.
         """
+        known = sorted({field.name for field in fields(cls)} | cls.attribute_map.keys())
+        for key in changes.keys() - set(known):  # transformers would keep it and nobody would read it
+            nearest = get_close_matches(key, known, n=1)
+            raise ValueError(f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else ""))
         sizes: dict[str, Any] = dict(
             vocab_size=vocab_size,
             hidden_size=128,

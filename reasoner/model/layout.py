@@ -1,7 +1,8 @@
 """Where the real tokens of a batch stand: padding on either side and packed sequences, reduced to one picture.
 
 Every layer works on the real tokens alone, (T, D). Attention alone needs a rectangle, one row per sequence, filled
-from the left: then causal attention needs no mask, because what follows a sequence never reaches it.
+from the left: then causal attention needs no mask, because what follows a sequence never reaches it. (It is as wide as
+the longest sequence, so pack sequences of like lengths.)
 Knows no weights. Neighbours: `mla.py` moves tokens into the rectangle; `transformer.py` moves them back.
 
 Shapes: B, L the input's rows and columns; T real tokens; N sequences of at most S tokens; P tokens already cached.

@@ -66,6 +66,10 @@ def test_tied_embeddings_are_refused():
         (dict(rope_interleave=False), "rope_interleave=False"),
         (dict(n_group=4, topk_group=1, num_experts_per_tok=9), "num_experts_per_tok=9"),
         (dict(n_group=5, topk_group=5), "n_group=5 does not divide"),
+        (dict(hidden_size=100), "hidden_size=100 must be a positive multiple of 8"),
+        (dict(moe_intermediate_size=0), "moe_intermediate_size=0 must be"),
+        (dict(qk_rope_head_dim=15), "qk_rope_head_dim=15"),
+        (dict(hiden_size=64), "unknown key 'hiden_size': did you mean 'hidden_size'?"),
     ],
 )
 def test_configuration_that_the_model_cannot_run_is_refused(change, message):
