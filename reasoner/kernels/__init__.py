@@ -11,6 +11,19 @@ from .experts import moe_experts
 from .head import token_logprob
 from .norm import rms_norm, write_latent
 from .router import route, sort_by_expert
+from .sample import sample
 from .swiglu import swiglu
 
-__all__ = ["latent_decode", "moe_experts", "rms_norm", "route", "set_mode", "sort_by_expert", "swiglu", "token_logprob", "using", "write_latent"]
+__all__ = [
+    "latent_decode",
+    "moe_experts",
+    "rms_norm",
+    "route",
+    "sample",
+    "set_mode",
+    "sort_by_expert",
+    "swiglu",
+    "token_logprob",
+    "using",
+    "write_latent",
+]

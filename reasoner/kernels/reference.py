@@ -176,3 +176,25 @@ def moe_experts_backward(
     with torch.enable_grad():
         y_TH = moe_experts(inputs[0], inputs[1], order_A, ends_E, *inputs[2:])
     return torch.autograd.grad(y_TH, inputs, by_y_TH)
+
+
+def gumbel(seeds_T: Tensor, columns: int) -> Tensor:
+    """Gumbel noise (T, columns) that depends on nothing but seed and column."""
+    low_T1, high_T1 = seeds_T[:, None] & 0xFFFFFFFF, seeds_T[:, None] >> 32 & 0xFFFFFFFF
+
+    def mix(h: Tensor) -> Tensor:  # 32 bits inside int64: products wrap, their low half stays right
+        h = ((h ^ h >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+        h = ((h ^ h >> 15) * 0x846CA68B) & 0xFFFFFFFF
+        return h ^ h >> 16
+
+    place = torch.arange(columns, device=seeds_T.device)
+    h_TV = mix(mix((place + low_T1 * 0x9E3779B9) & 0xFFFFFFFF) ^ high_T1)
+    return -torch.log(-torch.log(((h_TV >> 8).float() + 0.5) * 2.0**-24))
+
+
+def sample(logits_TV: Tensor, seeds_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The argmax of logit + Gumbel noise is a draw from the softmax."""
+    x_TV = logits_TV.float() / (temperature or 1.0)
+    rank_TV = x_TV if temperature == 0 else x_TV + gumbel(seeds_T, x_TV.shape[1])
+    token_T = rank_TV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(-1)
+    return token_T, x_TV.log_softmax(-1).gather(-1, token_T[:, None])[:, 0]
