@@ -33,6 +33,7 @@ from verifiers.sandbox import Limits, Run, Sandbox
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3", "")
 PASSED = "passed"
+REPLY_BYTES = 1 << 16  # beyond what the expected output needs: bounds the work of reading a reply made to be slow to read
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,20 @@ class Code:
 
     def _calls(self, reference, program, sandbox, limits, seconds) -> Iterator[str]:
         """All tests call into one process; where it ends, the rest call into a new one."""
+        longest = max(len(jail.encode(test["expected"])) for test in reference["tests"])
+        limits = replace(limits, output_bytes=REPLY_BYTES + 8 * longest)
         run: Run | None = None
         try:
             for test in reference["tests"]:
                 if (left := seconds()) <= 0:
                     return
+                until = time.monotonic() + left
                 if run is None:
                     run = sandbox.open(program, entry_point=reference["entry_point"], limits=limits, seconds=left)
                 reply = run.loaded
                 if not reply.error:
-                    reply = run.call(test.get("args", []), test.get("kwargs", {}), seconds=left)
+                    args, kwargs = test.get("args", []), test.get("kwargs", {})
+                    reply = run.call(args, kwargs, seconds=until - time.monotonic())
                 if reply.error:
                     yield reply.error
                     run.close()

@@ -125,7 +125,7 @@ class Pool:
         workers: int | None = None,
         *,
         timeout: float = 10.0,
-        spare: int = 16,
+        spare: int = 8,
         memory_mb: int = 2048,
         policies: Mapping[str, Mapping[str, Any]] | None = None,
         env: Mapping[str, str] | None = None,

@@ -13,7 +13,8 @@ Levels of isolation, in each `level` and so in each verdict:
     namespaces   own user, pid, mount, net, ipc, uts and cgroup namespaces through a warm fork server; fresh pid, mount and
                  ipc namespaces for every run. Needs unprivileged user namespaces, or root. Nothing has to be installed.
     bubblewrap   the same walls built by `bwrap` anew for each run, which is slower: for machines that allow new user
-                 namespaces to bwrap alone.
+                 namespaces to bwrap alone. The program shares its user with the server there, and may end it; that counts
+                 against the program.
     none         rlimits only. Never chosen by itself: the program could read and write whatever this process can.
 
 What stands in the way of a program: no file of the machine but system libraries, commands and Python's standard library,
@@ -110,10 +111,15 @@ class Sandbox:
             return run.communicate(stdin.encode("utf-8", "surrogatepass"), seconds)
 
     def _begin(self, order: dict[str, str], limits: Limits | None) -> Run:
-        if self._server is None or self._server.lost:
-            self.close()
-            self._server = _Server(self.level)
-        return Run(self._server, order, limits or self.limits)
+        for _ in range(2):  # a server that died since the last run is replaced once
+            if self._server is None or self._server.lost or self._server.process.poll() is not None:
+                self.close()
+                self._server = _Server(self.level)
+            try:
+                return Run(self._server, order, limits or self.limits)
+            except OSError:
+                self._server.lost = True
+        raise RuntimeError(f'the sandbox ("{self.level}") was lost twice before a program could start')
 
     def close(self) -> None:
         if self._server is not None:
@@ -143,6 +149,7 @@ class Run:
             os.set_blocking(fd, False)
         self._to_send = {self._requests: _request(order)}
         self._got = {fd: bytearray() for fd in (self._stdout, self._stderr, self._replies)}
+        self._tails = (self._stderr,) if order["mode"] == "stdio" else (self._stderr, self._stdout)  # only the end is kept
         self._open = set(outside)
         self._why = ""  # why it ended, once it has
         self._ended = False
@@ -151,7 +158,9 @@ class Run:
         try:
             server.start(inside, limits)
         except OSError:
-            self._ended, self._why = True, "the sandbox was lost"
+            for fd in outside:
+                os.close(fd)
+            raise
         finally:
             for fd in inside:
                 os.close(fd)
@@ -225,7 +234,7 @@ class Run:
             return
         if not part:
             self._close(fd)
-        elif fd == self._stderr:
+        elif fd in self._tails:
             self._got[fd] = (self._got[fd] + part)[-4000:]
         else:
             self._got[fd] += part

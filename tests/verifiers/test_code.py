@@ -64,6 +64,10 @@ HONEST = {
     "dataclass": (SQUARE, "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef solve(x): return P(x).x * P(x).x"),
     "regex, datetime, decimal": (SQUARE, "import re, datetime, decimal, fractions, heapq, bisect, itertools, math\ndef solve(x): return x * x"),
     "threads": (SQUARE, "from concurrent.futures import ThreadPoolExecutor\ndef solve(x):\n    with ThreadPoolExecutor(4) as p:\n        return sum(p.map(abs, [x] * abs(x)))"),
+    "processes": (SQUARE, "import multiprocessing as m\ndef f(x): return x * x\ndef solve(x):\n    with m.get_context('fork').Pool(2) as p:\n        return p.map(f, [x])[0]"),
+    "asyncio": (SQUARE, "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x * x\ndef solve(x): return asyncio.run(f(x))"),
+    "subprocess": (SQUARE, "import subprocess\ndef solve(x): return x * x if subprocess.run(['true']).returncode == 0 else 0"),
+    "zoneinfo": (SQUARE, "import zoneinfo\nzoneinfo.ZoneInfo('Europe/Berlin')\ndef solve(x): return x * x"),
     "a temporary file": (SQUARE, "import tempfile\ndef solve(x):\n    with tempfile.TemporaryFile('w+') as f:\n        f.write(str(x * x)); f.seek(0)\n        return int(f.read())"),
     "catches its own exits": (SQUARE, "def solve(x):\n    try: exit()\n    except SystemExit: return x * x"),
     "pickles itself": (SQUARE, "import pickle\nclass A:\n    def __init__(self, x): self.x = x\ndef solve(x): return pickle.loads(pickle.dumps(A(x))).x ** 2"),
@@ -219,8 +223,7 @@ def test_sandbox_that_was_killed_starts_again():
         assert sandbox.script("print(1)", stdin="", seconds=2.0).stdout == "1\n"
         sandbox._server.process.kill()
         sandbox._server.process.wait()
-        said = [sandbox.script("print(1)", stdin="", seconds=2.0) for _ in range(2)]
-        assert said[-1].stdout == "1\n"
+        assert sandbox.script("print(1)", stdin="", seconds=2.0).stdout == "1\n"
 
 
 class OneChange(ast.NodeTransformer):

@@ -96,6 +96,9 @@ CALL_ATTACKS = {
     "      b = bytearray(b'x') * (200 << 20); time.sleep(60)\n  time.sleep(60)",
     "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef solve(x): return solve(x)",
     "recursion in C": "import sys\nsys.setrecursionlimit(10 ** 9)\nclass A:\n  def __getattr__(s, n): return getattr(s, n)\ndef solve(x): return A().a",
+    "output flood beside the calls": "import threading\ndef flood():\n  while True: print('x' * 100_000)\n"
+    "threading.Thread(target=flood, daemon=True).start()\ndef solve(x):\n  while True: pass",
+    "keys that collide": "def solve(x): return {i * (2 ** 61 - 1): 0 for i in range(1, 200_000)}",
     "huge reply": "def solve(x): return 'x' * (100 << 20)",
     "endless list": "import itertools\ndef solve(x): return list(itertools.repeat(0))",
     "endless list subclass": "class L(list):\n  def __iter__(s):\n    while True: yield 1\ndef solve(x): return L([1])",
