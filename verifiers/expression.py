@@ -30,7 +30,8 @@ CHARACTERS, TOKENS, DEPTH, DIGITS = 2000, 500, 40, 1000  # bounds on what is rea
 
 LABEL = 12  # tokens of a unit
 _NO_LABEL = frozenset(  # words after a number that change it
-    "not no isn't to is are was or if plus minus times over by divided factorial choose more less than half halves third thirds fourth fourths quarter quarters fifth fifths "
+    "not no isn't to is are was or if plus minus times over by divided factorial choose more less than half "
+    "halves third thirds fourth fourths quarter quarters fifth fifths "
     "tenth tenths squared cubed root negative except but between wrong incorrect maybe possibly through either".split()
 )
 
@@ -40,30 +41,45 @@ class Unreadable(ValueError):
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp sqrt cbrt abs floor ceil max min gcd lcm re im".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp sqrt cbrt abs floor ceil max min "
+    "gcd lcm re im".split()
 )
 _ALIASES = {
-    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot", "ceiling": "ceil",
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot",
+    "ceiling": "ceil",
 }  # fmt: skip
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi "
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi "
     "chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar".split()
 )
-_WORDS = frozenset("no on up am pm if it is as at to so do us we me he in of an by my go be".split())  # two letters, not a product
+_WORDS = frozenset(
+    "no on up am pm if it is as at to so do us we me he in of an by my go be".split()
+)  # two letters, not a product
 _COMMANDS = {
-    "times": "*", "cdot": "*", "ast": "*", "bullet": "*", "div": "/", "pm": "±", "mp": "±", "le": "<=", "leq": "<=", "leqslant": "<=",
-    "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "≈", "simeq": "≈", "thickapprox": "≈",
-    "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
-    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "langle": "(", "rangle": ")", "degree": "°", "lor": "or", "vee": "or",
+    "times": "*", "cdot": "*", "ast": "*", "bullet": "*", "div": "/", "pm": "±", "mp": "±", "le": "<=", "leq": "<=",
+    "leqslant": "<=",
+    "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=",
+    "neq": "!=", "approx": "≈", "simeq": "≈", "thickapprox": "≈",
+    "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "lbrace": "\\{", "rbrace": "\\}",
+    "lbrack": "[", "rbrack": "]",
+    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "langle": "(", "rangle": ")", "degree": "°", "lor": "or",
+    "vee": "or",
     "land": "and", "wedge": "and", "colon": ":", "pounds": "£", "textdollar": "$", "lparen": "(", "rparen": ")",
 }  # fmt: skip
 _UNICODE = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*", "÷": "/", "⁄": "/", "∕": "/", "√": "\\sqrt ", "∛": "\\cbrt ",
-    "π": "\\pi ", "∞": "\\infty ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "∪": "∪", "∩": "∩", "∖": "∖", "∈": "∈", "∅": "\\emptyset ",
-    "ℝ": "\\mathbb{R}", "º": "°", "˚": "°", "∘": "°", "±": "±", "∓": "±", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "θ": "\\theta ", "⟨": "(", "⟩": ")",
-    "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}",
-    "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "⅙": "\\frac{1}{6}", "⅚": "\\frac{5}{6}", "…": "...", "\u200b": "", "\ufeff": "", "\u2061": "",
-    "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ", "ω": "\\omega ", "µ": "\\mu ", "μ": "\\mu ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*", "÷": "/",
+    "⁄": "/", "∕": "/", "√": "\\sqrt ", "∛": "\\cbrt ",
+    "π": "\\pi ", "∞": "\\infty ", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "∪": "∪", "∩": "∩",
+    "∖": "∖", "∈": "∈", "∅": "\\emptyset ",
+    "ℝ": "\\mathbb{R}", "º": "°", "˚": "°", "∘": "°", "±": "±", "∓": "±", "′": "'", "’": "'", "‘": "'", "“": '"',
+    "”": '"', "θ": "\\theta ", "⟨": "(", "⟩": ")",
+    "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
+    "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}",
+    "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "⅙": "\\frac{1}{6}", "⅚": "\\frac{5}{6}", "…": "...", "\u200b": "",
+    "\ufeff": "", "\u2061": "",
+    "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ", "ω": "\\omega ", "µ": "\\mu ",
+    "μ": "\\mu ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
     "⌈": "\\lceil ", "⌉": "\\rceil ", "∨": " or ", "∧": " and ", "，": ", ", "、": ", ", "。": ".", "；": "; ",
 }  # fmt: skip
 _UNICODE_TABLE = str.maketrans(_UNICODE)
@@ -73,24 +89,44 @@ _LOWER = str.maketrans(_LOWERED, "0123456789+-")
 
 _THIN = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\}|,\\!|,\s*\\!)(?=\d{3}(?!\d))")
 _SKIP = re.compile(
-    r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
-    r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|,|;|:|>|!| |quad|qquad|enspace|thinspace|newline)(?![A-Za-z])|~|&nbsp;"
+    r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|"
+    r"(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
+    r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|,|;|:|>|"
+    r"!| |quad|qquad|enspace|thinspace|newline)(?![A-Za-z])|~|&nbsp;"
 )
-_CELSIUS = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))")
+_CELSIUS = re.compile(
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))"
+)
 _OHM = re.compile(r"(?<=\d)\s*\\Omega(?![A-Za-z])")
 _MICRO = re.compile(r"(?<=\d)\s*\\mu\s*\\(?:text|mathrm)\s*\{\s*([mgsLCFA])\s*\}")
-_UNIT_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}")
+_UNIT_FRACTION = re.compile(
+    r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}"
+)
 _TEXT = re.compile(
-    r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
+    r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|"
+    r"mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
     r"hat|bar|tilde|color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{([^{}]*)\}"
 )
 _TOKEN = re.compile(
-    r"(?P<space>\s+)|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?)|\\(?P<cmd>[A-Za-z]+)|(?P<word>[A-Za-z]+)"
+    r"(?P<space>\s+)|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?)|\\(?P<cmd>[A-Za-z]+)|"
+    r"(?P<word>[A-Za-z]+)"
     r"|(?P<op>\\\\|\\[{}|%$#&_]|<=|>=|==|!=|\*\*|\.\.\.|[-+*/^_(){}\[\],;=<>|!%°:±∪∩∖∈&'$€£¥₹\"?≈])"
 )
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?")
 _SPACED = re.compile(r"\d{1,3}(?: \d{3})+(?![\d])(?:\.\d+)?(?![ ]*[/\\])")
-_SMALL = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+_SMALL = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
 
 
 def normalise(text: str) -> str:
@@ -224,7 +260,10 @@ class _Reader:
     def separator(self) -> bool:
         found = False
         while self.here is not None and (
-            self.sees(",", ";", "or", "and") or (self.here.kind in ("word", "text") and self.here.text.strip(" ,").lower() in ("and", "or", "", "and/or"))
+            self.sees(",", ";", "or", "and")
+            or (
+                self.here.kind in ("word", "text") and self.here.text.strip(" ,").lower() in ("and", "or", "", "and/or")
+            )
         ):
             self.at += 1
             found = True
@@ -343,7 +382,9 @@ class _Reader:
         """Whether the word here is a unit or a label of the quantity on its left, rather than a symbol."""
         token = self.here
         if token.kind == "text":
-            return not (token.text in FUNCTIONS or len(token.text) == 1 and token.text.isalpha() and not _quantity(left))
+            return not (
+                token.text in FUNCTIONS or len(token.text) == 1 and token.text.isalpha() and not _quantity(left)
+            )
         word = token.text
         if word in FUNCTIONS or word in _ALIASES or word in _GREEK or word in ("pi", "inf", "infinity", "oo", "e", "i"):
             return False
@@ -356,7 +397,9 @@ class _Reader:
 
     def ends_after(self, count: int) -> bool:
         after = self.tokens[self.at + count] if self.at + count < len(self.tokens) else None
-        return after is None or (after.kind == "op" and after.text in ("/", "^", ",", ";", ")", "]", "}", "\\}", "=", "*"))
+        return after is None or (
+            after.kind == "op" and after.text in ("/", "^", ",", ";", ")", "]", "}", "\\}", "=", "*")
+        )
 
     def unit_ahead(self, left: Tree) -> bool:
         """After a slash: `60 miles/hour` was handled by the unit; here `5 / text` would be a unit too."""
@@ -378,13 +421,21 @@ class _Reader:
                 words.append(token.text.strip())
             elif token.kind == "num" and words and words[-1] in ("^", "{", "-"):
                 words.append(token.text)
-            elif token.kind == "op" and token.text in ("/", "^", "*", "°", "-", "{", "}", "(", ")") and (token.text != ")" or "(" in words):
+            elif (
+                token.kind == "op"
+                and token.text in ("/", "^", "*", "°", "-", "{", "}", "(", ")")
+                and (token.text != ")" or "(" in words)
+            ):
                 words.append(token.text)
             else:
                 break
             self.at += 1
         label = " ".join(words).replace("{", "").replace("}", "")
-        if len(words) > LABEL or any(word.lower() in _NO_LABEL for part in words for word in part.split()) and unit_of(label) is None:
+        if (
+            len(words) > LABEL
+            or any(word.lower() in _NO_LABEL for part in words for word in part.split())
+            and unit_of(label) is None
+        ):
             raise Unreadable(f"{label[:40]!r} is no unit")
         if not re.search(r"[A-Za-z°]", label):
             self.at = start
@@ -394,7 +445,9 @@ class _Reader:
     def power(self) -> Tree:
         base = self.postfix(self.atom())
         if self.take("^"):
-            if self.sees("°") or (self.here is not None and self.here.kind == "cmd" and self.here.text in ("circ", "prime")):
+            if self.sees("°") or (
+                self.here is not None and self.here.kind == "cmd" and self.here.text in ("circ", "prime")
+            ):
                 prime = self.here.text == "prime"
                 self.at += 1
                 return self.postfix(("sym", _name(base) + "'") if prime else ("deg", base))
@@ -455,7 +508,11 @@ class _Reader:
 
     def celsius_ahead(self) -> bool:
         after = self.tokens[self.at + 1] if self.at + 1 < len(self.tokens) else None
-        return after is not None and after.kind in ("word", "text") and after.text in ("C", "F", "K", "Celsius", "Fahrenheit")
+        return (
+            after is not None
+            and after.kind in ("word", "text")
+            and after.text in ("C", "F", "K", "Celsius", "Fahrenheit")
+        )
 
     # -- atoms ---------------------------------------------------------------------------------------------------------
 
@@ -475,7 +532,9 @@ class _Reader:
         if self.here is not None and self.here.kind == "cmd" and self.here.text == "overline" and "." in token.text:
             self.at += 1
             return _repeating(token.text, self.digits())
-        if self.here is not None and (self.sees("...") or (self.here.kind == "cmd" and self.here.text in ("ldots", "dots", "cdots"))):
+        if self.here is not None and (
+            self.sees("...") or (self.here.kind == "cmd" and self.here.text in ("ldots", "dots", "cdots"))
+        ):
             tail = re.search(r"\.\d*?(\d{1,6}?)\1\1+$|\.\d*?(\d{2,6}?)\2+$", token.text)
             if not tail:
                 raise Unreadable("an ellipsis")
@@ -508,7 +567,9 @@ class _Reader:
         if braced:
             self.need("}")
         word = token.text.strip().lower()
-        value = _SMALL.get(word) or (int(word) if token.kind in ("num", "text") and word.isdigit() and len(word) < 3 else 0)
+        value = _SMALL.get(word) or (
+            int(word) if token.kind in ("num", "text") and word.isdigit() and len(word) < 3 else 0
+        )
         if not 2 <= value <= 36:
             raise Unreadable(f"base {token.text!r}")
         return value
@@ -544,7 +605,11 @@ class _Reader:
             return first
         self.tokens.insert(self.at, Token("word", rest, False))
         if rest in FUNCTIONS or len(rest) <= 3:
-            return _times(first, self.power()) if len(rest) == 1 or rest in FUNCTIONS else _times(first, self.letters_next())
+            return (
+                _times(first, self.power())
+                if len(rest) == 1 or rest in FUNCTIONS
+                else _times(first, self.letters_next())
+            )
         raise Unreadable(f"{word!r} is no product of symbols")
 
     def letters_next(self) -> Tree:
@@ -614,7 +679,11 @@ class _Reader:
 
     def money(self, sign: str) -> Tree:
         value = self.power()
-        if self.here is not None and self.here.kind in ("word", "text") and self.here.text.lower() in ("million", "billion", "thousand"):
+        if (
+            self.here is not None
+            and self.here.kind in ("word", "text")
+            and self.here.text.lower() in ("million", "billion", "thousand")
+        ):
             scale = {"thousand": 10**3, "million": 10**6, "billion": 10**9}[self.here.text.lower()]
             self.at += 1
             value = ("mul", value, ("num", Fraction(scale), 0))
@@ -699,7 +768,11 @@ class _Reader:
             return ("fn", name[1:], inner)
         if name == "begin":
             return self.matrix()
-        if name in ("angle", "triangle", "measuredangle") and self.here is not None and self.here.kind in ("word", "text"):
+        if (
+            name in ("angle", "triangle", "measuredangle")
+            and self.here is not None
+            and self.here.kind in ("word", "text")
+        ):
             self.at += 1
             return ("sym", f"{name} {self.tokens[self.at - 1].text}")
         if name in ("overline", "widehat", "overrightarrow"):
@@ -838,7 +911,6 @@ class _Reader:
             raise Unreadable("rows of a matrix differ in length")
         return ("matrix", tuple(tuple(row) for row in rows))
 
-
     def system(self) -> Tree:
         """Statements on lines of their own: `\begin{cases} x = 1 \\\\ y = 2 \end{cases}`."""
         items = [self.statement()]
@@ -863,12 +935,21 @@ def _quantity(tree: Tree) -> bool:
     """Whether a unit may follow: the last factor is a number, a percentage, a constant or a root."""
     while tree[0] in ("mul", "neg", "add"):
         tree = tree[-1]
-    return tree[0] in ("num", "pct") or tree == ("const", "pi") or (tree[0] in ("pow", "div") and all(t[0] in ("num", "const", "pow", "mul", "div", "neg", "add") for t in tree[1:]))
+    return (
+        tree[0] in ("num", "pct")
+        or tree == ("const", "pi")
+        or (
+            tree[0] in ("pow", "div")
+            and all(t[0] in ("num", "const", "pow", "mul", "div", "neg", "add") for t in tree[1:])
+        )
+    )
 
 
 def _plain(tree: Tree) -> bool:
     """Made of numbers alone: in `2 \pi h` the h is a symbol."""
-    return tree[0] == "num" or (tree[0] in ("add", "mul", "div", "neg", "pow", "pct", "pm") and all(_plain(part) for part in tree[1:]))
+    return tree[0] == "num" or (
+        tree[0] in ("add", "mul", "div", "neg", "pow", "pct", "pm") and all(_plain(part) for part in tree[1:])
+    )
 
 
 def _is_mixed(left: Tree, right: Tree, glued: Token) -> bool:
@@ -893,7 +974,9 @@ def _mixed_plain(reader: _Reader, whole: Tree, top: Tree) -> Tree | None:
 
 def _repeating(stem: str, period: str) -> Tree:
     decimals = len(stem.partition(".")[2])
-    value = Fraction(stem + "0" if stem.endswith(".") else stem) + Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
+    value = Fraction(stem + "0" if stem.endswith(".") else stem) + Fraction(
+        int(period), (10 ** len(period) - 1) * 10**decimals
+    )
     return ("num", value, 0)
 
 

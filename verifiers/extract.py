@@ -18,14 +18,20 @@ BOXES = 64  # a response with more boxes commits to nothing
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _CUE = re.compile(
-    r"\b(?:final\s+)?ans(?:wer)?\b[*_\s]*(?:(?:of|to|for)\b[^.:=\n]{1,80}?)?(?:\b(?:is|was|equals|should\s+be|must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*",
+    r"\b(?:final\s+)?ans(?:wer)?\b[*_\s]*(?:(?:of|to|for)\b[^.:=\n]{1,80}?)?(?:\b(?:is|was|equals|should\s+be|"
+    r"must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*",
     re.IGNORECASE,
 )
-_REVISED = re.compile(r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I)
-_JOIN = re.compile(r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*")
+_REVISED = re.compile(
+    r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I
+)
+_JOIN = re.compile(
+    r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE = re.compile(
-    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|thus|hence|therefore|making|giving)\b)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b"
+    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|thus|hence|therefore|making|"
+    r"giving)\b)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b"
 )
 
 

@@ -2,7 +2,7 @@ r"""Step scores without a trained model: every equality between numbers that a s
 
 `3 + 4 = 7` earns its step 1.0, `3 + 4 = 8` earns it 0.0; a step that claims nothing checkable earns 1.0, as no error was found in it.
 What has a symbol in it (`2x = 6`), and what is cut by words (`3 apples + 4`), is not judged: a false alarm teaches more harm than a miss.
-Knows no reference. Neighbours: `verifiers.math` judges the final answer, `verifiers.numbers` the equalities.
+Knows no reference. Neighbours: `verifiers.math` judges the final answer, `verifiers.proof` the equalities.
 Limit: arithmetic only. A step that is true but useless scores 1.0; learned and Monte-Carlo step values fill the same `Verdict.steps`.
 """
 
@@ -14,22 +14,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from verifiers import numbers
+from verifiers import numbers, proof
 from verifiers.base import Task, Verdict
 from verifiers.expression import Tree, Unreadable, normalise, parse
-from verifiers.math import Math, as_decimal, rounds
+from verifiers.forms import as_decimal, rounds
+from verifiers.math import Math
 
 CLAIMS = 200  # equalities checked in one step
 
-_LABEL = re.compile(r"^\s*(?:#+\s*)?(?:(?:[-*•>]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+)*(?:(?:step|case|line|part)\s*\d*\s*[:.)-]\s*)?", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^\s*(?:#+\s*)?(?:(?:[-*•>]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+)*(?:(?:step|case|line|part)\s*\d*\s*[:.)-]\s*)?",
+    re.IGNORECASE,
+)
 _CALCULATOR = re.compile(r"<<([^<>]*)>>")  # GSM8K writes 3+4=<<3+4=7>>7
 _MARKS = re.compile(r"\\[()\[\]]|\\(?:boxed|fbox|displaystyle|text|mathrm|mathbf)\b|\\?\$|\*\*|`")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)")
 _FORMULA = re.compile(  # what may stand in arithmetic; a word, a comma between terms or any other sign ends it
-    r"(?:\\(?:d?frac|sqrt|cdot|times|div|left|right|pi|d?binom|ast|approx)(?![A-Za-z])|\\[,;! ]|\d,(?=\d{3}(?!\d))|\.(?=\d)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\bpi\b|[0-9\s+\-*/^(){}=!%·×÷−–≈√π_²³])+"
+    r"(?:\\(?:d?frac|sqrt|cdot|times|div|left|right|pi|d?binom|ast|approx)(?![A-Za-z])|\\[,;! ]|"
+    r"\d,(?=\d{3}(?!\d))|\.(?=\d)|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\bpi\b|[0-9\s+\-*/^(){}=!%·×÷−–≈√π_²³])+"
 )
-_HIDES = re.compile(r"(?:\b(?:times|plus|minus|of|by|over|per|divided|multiplied|mod|log|ln|sin|cos|tan|squared|cubed|hundred|thousand|million|billion|dozen|percent|half|to|less|more|than|base)\b|[<>≤≥≠≡(\[{|&:√]|\\[A-Za-z]+)\s*$", re.I)
-_EXTENDS = re.compile(r"^\s*(?:(?:times|plus|minus|over|divided|multiplied|mod|squared|cubed|hundred|thousand|million|billion|dozen|percent|remainder|r|choose|half|halves|thirds?)\b|[<>≤≥≠≡\[|&:%…]|\.\.|\\(?!\\|end|quad|qquad|implies|Rightarrow|rightarrow|therefore))", re.I)
+_HIDES = re.compile(
+    r"(?:\b(?:times|plus|minus|of|by|over|per|divided|multiplied|mod|log|ln|sin|cos|tan|squared|cubed|hundred|"
+    r"thousand|million|billion|dozen|percent|half|to|less|more|than|base)\b|[<>≤≥≠≡(\[{|&:√]|\\[A-Za-z]+)\s*$",
+    re.I,
+)
+_EXTENDS = re.compile(
+    r"^\s*(?:(?:times|plus|minus|over|divided|multiplied|mod|squared|cubed|hundred|thousand|million|billion|dozen|"
+    r"percent|remainder|r|choose|half|halves|thirds?)\b|[<>≤≥≠≡\[|&:%…]|\.\.|\\(?!\\|end|quad|qquad|implies|"
+    r"Rightarrow|rightarrow|therefore))",
+    re.I,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +59,9 @@ class ProcessMath:
 
     def __post_init__(self) -> None:
         if not self.delimiter:
-            raise ValueError("process_math delimiter='' cuts no steps: give the text that ends a step, e.g. a line break")
+            raise ValueError(
+                "process_math delimiter='' cuts no steps: give the text that ends a step, e.g. a line break"
+            )
 
     def verify(self, task: Task, response: str) -> Verdict:
         start = time.perf_counter()
@@ -55,7 +71,9 @@ class ProcessMath:
         return replace(
             verdict,
             steps=steps,
-            why=verdict.why if wrong is None else f"{verdict.why}; step {wrong + 1} of {len(steps)} states a false equality",
+            why=verdict.why
+            if wrong is None
+            else f"{verdict.why}; step {wrong + 1} of {len(steps)} states a false equality",
             seconds=time.perf_counter() - start,
             evidence={**verdict.evidence, "first_wrong_step": wrong},
         )
@@ -86,7 +104,9 @@ def first_wrong(scores: tuple[float, ...]) -> int | None:
 def _holds(step: str) -> bool:
     numbers.begin()
     try:
-        return all(holds is not False for holds, _ in zip(map(_equal_or_unknown, claims(step)), range(CLAIMS), strict=False))
+        return all(
+            holds is not False for holds, _ in zip(map(_equal_or_unknown, claims(step)), range(CLAIMS), strict=False)
+        )
     except numbers.Exhausted:
         return True  # nothing was shown to be wrong
 
@@ -126,7 +146,7 @@ def _equal_or_unknown(claim: tuple[str, str, bool]) -> bool | None:
     left, right = _arithmetic(claim[0]), _arithmetic(claim[1])
     if left is None or right is None:
         return None
-    holds = numbers.equal(left, right)
+    holds = proof.equal(left, right)
     return True if holds is False and _rounding(left, right, about=claim[2]) else holds
 
 

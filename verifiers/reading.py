@@ -13,28 +13,62 @@ from verifiers.expression import FUNCTIONS, Tree, Unreadable, normalise, number,
 from verifiers.numbers import rational_or_none
 
 _WRAP = re.compile(
-    r"\\(?:text|mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathbf|mathit|mathsf|boldsymbol|bm|rm|bf|emph|underline|operatorname)(?![A-Za-z])\s*\{([^{}]*)\}"
+    r"\\(?:text|mathrm|textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathbf|mathit|mathsf|boldsymbol|bm|rm|bf|"
+    r"emph|underline|operatorname)(?![A-Za-z])\s*\{([^{}]*)\}"
 )
 _LEAD = re.compile(
-    r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b\s*(?:(?:is|are|equals|:|=)\s*)*"
+    r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|"
+    r"right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b\s*(?:(?:is|are|equals|:|=)\s*)*"
     r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|therefore|thus|hence|given by|equal to)\s+",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-Ja-j])\s*(?:\)\s*[.:]?|[.:](?!\d))\s*(\S.*)?$|^\[([A-Ja-j])\]$|^([A-J])$", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"^(?:or|and)\b|^[,;/&+*^=<>]|(?:^|[\s,;])\(?[A-J](?:[).:]|$|\s*(?:,|or|and)\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z\s'\-.,&]*")
-_KNOWN = FUNCTIONS | frozenset("pi inf infinity and or frac alpha beta gamma delta theta lambda mu phi omega sigma tau rho".split())
-_FOREIGN = re.compile(r"(?=.*[^\W\d_a-zA-Z]{2})(?!.*[α-ωΑ-Ω])[^\W\d_][\w\s'.,-]*")  # words in other alphabets, or with accents
+_KNOWN = FUNCTIONS | frozenset(
+    "pi inf infinity and or frac alpha beta gamma delta theta lambda mu phi omega sigma tau rho".split()
+)
+_FOREIGN = re.compile(
+    r"(?=.*[^\W\d_a-zA-Z]{2})(?!.*[α-ωΑ-Ω])[^\W\d_][\w\s'.,-]*"
+)  # words in other alphabets, or with accents
 _CONDITION = re.compile(  # "..., k in Z": which numbers a letter of a general solution runs through
-    r"(?<=[^\s{(|:])\s*(?:[,;]|\(|\\text\s*\{\s*,?\s*(?:where|for|with)\s*\}|(?:where|for)\b)\s*[a-zA-Z]\s*\\in\s*(?:\\math(?:bb|bf|rm)\s*)?\{?\s*[ZNQ]\s*\}?(?:\s*[_^]\s*\{?[+*]\}?)?\s*\)?$"
+    r"(?<=[^\s{(|:])\s*(?:[,;]|\(|\\text\s*\{\s*,?\s*(?:where|for|with)\s*\}|(?:where|"
+    r"for)\b)\s*[a-zA-Z]\s*\\in\s*(?:\\math(?:bb|bf|rm)\s*)?\{?\s*[ZNQ]\s*\}?(?:\s*[_^]\s*\{?[+*]\}?)?\s*\)?$"
 )
 _CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*[ap]\.?m\.?", re.IGNORECASE)
-_NAMED_NUMBER = re.compile(r"(?!sqrt|cbrt|infinity|" + "|".join(sorted(w for w in _KNOWN if len(w) > 3)) + r")[A-Za-z]{4,},? \d{1,4}(?:(?:st|nd|rd|th)?,? \d{1,4})?")  # June 20, 1999
+_NAMED_NUMBER = re.compile(
+    r"(?!sqrt|cbrt|infinity|"
+    + "|".join(sorted(w for w in _KNOWN if len(w) > 3))
+    + r")[A-Za-z]{4,},? \d{1,4}(?:(?:st|nd|rd|th)?,? \d{1,4})?"
+)  # June 20, 1999
 _SPELLED = {
-    w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())
+    w: i
+    for i, w in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen twenty".split()
+    )
 }
-_NOTHING = frozenset(("no solution", "no solutions", "no real solution", "no real solutions", "empty set", "null set", "no such number exists"))
-_EVERYTHING = frozenset(("all real numbers", "all reals", "real numbers", "all real number", "set of all real numbers", "set of real numbers"))
+_NOTHING = frozenset(
+    (
+        "no solution",
+        "no solutions",
+        "no real solution",
+        "no real solutions",
+        "empty set",
+        "null set",
+        "no such number exists",
+    )
+)
+_EVERYTHING = frozenset(
+    (
+        "all real numbers",
+        "all reals",
+        "real numbers",
+        "all real number",
+        "set of all real numbers",
+        "set of real numbers",
+    )
+)
 _BASED = re.compile(r"\(?([0-9A-Z]*[0-9][0-9A-Z]*|[A-F]{2,})\)?_\{?(\d{1,2})\}?$")
 
 
@@ -63,7 +97,9 @@ def read(text: str) -> Reading:
     if letter:
         inner = read(rest) if rest else None
         text = f"({letter}) {inner.text}" if inner else letter
-        return Reading(text, inner.trees if inner else (("sym", letter),), words=inner.words if inner else "", choice=letter)
+        return Reading(
+            text, inner.trees if inner else (("sym", letter),), words=inner.words if inner else "", choice=letter
+        )
     lead = _LEAD.match(plain) if plain != clean else None
     if lead and lead.end() < len(plain):
         return read(plain[lead.end() :])
@@ -134,7 +170,12 @@ def _choice(text: str) -> tuple[str, str]:
     if not match:
         return "", ""
     letter, rest = match.group(1) or match.group(3) or match.group(4), match.group(2) or ""
-    if rest and (_OTHER_CHOICE.search(rest) or letter.islower() or re.match(r"\(", rest) or not re.match(r"\(|.[.:)]\s|\\", _unwrapped(text))):
+    if rest and (
+        _OTHER_CHOICE.search(rest)
+        or letter.islower()
+        or re.match(r"\(", rest)
+        or not re.match(r"\(|.[.:)]\s|\\", _unwrapped(text))
+    ):
         return "", ""
     return letter.upper(), rest
 
@@ -148,7 +189,11 @@ def _is_words(plain: str, *, wrapped: bool) -> bool:
     if any(word in _KNOWN and word not in ("and", "or") for word in words):
         return False
     long = [word for word in words if len(word) >= 3 and word not in _KNOWN]
-    return bool(long) and (wrapped or len(words) > 1 or len(words[0]) >= 3) or (len(words) == 1 and words[0].lower() in ("no", "on", "up", "am", "pm", "it", "is", "go", "he"))
+    return (
+        bool(long)
+        and (wrapped or len(words) > 1 or len(words[0]) >= 3)
+        or (len(words) == 1 and words[0].lower() in ("no", "on", "up", "am", "pm", "it", "is", "go", "he"))
+    )
 
 
 def _comparable(plain: str) -> str:
@@ -180,7 +225,12 @@ def _trees(text: str) -> tuple[tuple[Tree, ...], str]:
     grouped = re.search(r"\d,\d{3}(?!\d)", text) or re.search(r"\d \d{3}(?!\d)", text)
     glued = re.search(r"\d[A-Za-z](?![A-Za-z(_])", text)
     spaced = re.search(r"[\w}] +[A-Za-z](?![A-Za-z])", text)
-    for options in ({}, {"thousands": False} if grouped else None, {"letters": "always"} if glued else None, {"letters": "never"} if spaced else None):
+    for options in (
+        {},
+        {"thousands": False} if grouped else None,
+        {"letters": "always"} if glued else None,
+        {"letters": "never"} if spaced else None,
+    ):
         if options is None:
             continue
         try:
@@ -201,6 +251,10 @@ def _canonical(text: str, trees: tuple[Tree, ...]) -> str:
     if len(trees) == 1 and trees[0][0] in ("num", "div", "neg"):
         value = rational_or_none(trees[0])
         literal = trees[0] if trees[0][0] == "num" else ("num", 0, 0)
-        if value is not None and literal[2] < 4 and max(value.numerator.bit_length(), value.denominator.bit_length()) < 400:
+        if (
+            value is not None
+            and literal[2] < 4
+            and max(value.numerator.bit_length(), value.denominator.bit_length()) < 400
+        ):
             return str(value)
     return re.sub(r"\s*([-+*/^_=<>(){}\[\]|])\s*", r"\1", " ".join(text.split()))

@@ -10,7 +10,8 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from verifiers.expression import Tree
-from verifiers.numbers import Beyond, Undefined, rational_or_none, symbols, value, zero
+from verifiers.numbers import Beyond, Undefined, rational_or_none, symbols, value
+from verifiers.proof import zero
 
 INFINITY: Tree = ("const", "inf")
 MINUS_INFINITY: Tree = ("neg", INFINITY)
@@ -108,7 +109,11 @@ def union(*regions: list[Piece]) -> list[Piece]:
             merged.append(piece)
             continue
         order = before(piece.high, last.high)
-        high, closed = (piece.high, piece.high_closed) if order > 0 else (last.high, last.high_closed or (order == 0 and piece.high_closed))
+        high, closed = (
+            (piece.high, piece.high_closed)
+            if order > 0
+            else (last.high, last.high_closed or (order == 0 and piece.high_closed))
+        )
         merged[-1] = Piece(last.low, high, last.low_closed, closed)
     return merged
 
@@ -132,7 +137,14 @@ def meet(left: list[Piece], right: list[Piece]) -> list[Piece]:
 def _relation(tree: Tree) -> list[Piece]:
     """`1 < x <= 3`, `2x + 1 > 5`, `x != 2`, `x = 2`, `x in S`."""
     ops, parts = tree[1], tree[2:]
-    names = symbols(("add", *parts)) if all(part[0] not in ("set", "union", "interval", "tuple", "bracket", "reals", "minus", "meet", "empty") for part in parts) else None
+    names = (
+        symbols(("add", *parts))
+        if all(
+            part[0] not in ("set", "union", "interval", "tuple", "bracket", "reals", "minus", "meet", "empty")
+            for part in parts
+        )
+        else None
+    )
     if names is None:
         if ops == ("∈",) and parts[0][0] == "sym":
             return region(parts[1])
@@ -148,7 +160,12 @@ def _relation(tree: Tree) -> list[Piece]:
 
 def _linear(op: str, left: Tree, right: Tree, name: str) -> list[Piece]:
     """Solutions of one relation with one unknown on its sides, from two values of the difference and a third as proof of linearity."""
-    if left == ("sym", name) and right in (INFINITY, MINUS_INFINITY) or right == ("sym", name) and left in (INFINITY, MINUS_INFINITY):
+    if (
+        left == ("sym", name)
+        and right in (INFINITY, MINUS_INFINITY)
+        or right == ("sym", name)
+        and left in (INFINITY, MINUS_INFINITY)
+    ):
         return EVERYTHING
     difference: Tree = ("add", left, ("neg", right))
     at = [_substitute(difference, name, Fraction(n)) for n in (0, 1, 2)]
@@ -162,7 +179,11 @@ def _linear(op: str, left: Tree, right: Tree, name: str) -> list[Piece]:
     except (Undefined, Beyond) as error:
         raise NoRegion(str(error)) from error
     solved = left == ("sym", name) or right == ("sym", name)
-    bound = (right if left == ("sym", name) else left) if solved and not (symbols(left) and symbols(right)) else ("div", ("neg", at[0]), slope)
+    bound = (
+        (right if left == ("sym", name) else left)
+        if solved and not (symbols(left) and symbols(right))
+        else ("div", ("neg", at[0]), slope)
+    )
     rising = before(slope, ("num", Fraction(0), 0)) > 0
     if op == "=":
         return [Piece(bound, bound, True, True)]
@@ -181,7 +202,9 @@ def _substitute(tree: Tree, name: str, number: Fraction) -> Tree:
 
 def _several(parts: tuple[Tree, ...]) -> list[Piece]:
     """Relations side by side: all of them where that leaves something, else any of them."""
-    if not any(part[0] == "rel" and part[1] != ("=",) for part in parts) and not any(part[0] in ("interval", "union") for part in parts):
+    if not any(part[0] == "rel" and part[1] != ("=",) for part in parts) and not any(
+        part[0] in ("interval", "union") for part in parts
+    ):
         raise NoRegion("no relations")
     regions = [region(part) for part in parts]
     both = regions[0]

@@ -25,13 +25,30 @@ def _table() -> dict[str, Unit]:
         for name in names.split():
             table[name] = unit
 
-    def prefixed(symbol: str, names: str, scale: Fraction | int = 1, prefixes: str = "n μ mu m c d k M G", **dimension: int) -> None:
+    def prefixed(
+        symbol: str, names: str, scale: Fraction | int = 1, prefixes: str = "n μ mu m c d k M G", **dimension: int
+    ) -> None:
         put(f"{symbol} {names}", scale, **dimension)
         powers = {"p": -12, "n": -9, "μ": -6, "mu": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12}
-        words = {-12: "pico", -9: "nano", -6: "micro", -3: "milli", -2: "centi", -1: "deci", 3: "kilo", 6: "mega", 9: "giga", 12: "tera"}
+        words = {
+            -12: "pico",
+            -9: "nano",
+            -6: "micro",
+            -3: "milli",
+            -2: "centi",
+            -1: "deci",
+            3: "kilo",
+            6: "mega",
+            9: "giga",
+            12: "tera",
+        }
         for prefix in prefixes.split():
             factor = Fraction(10) ** powers[prefix] * scale
-            put(" ".join([prefix + symbol, *(words[powers[prefix]] + name for name in names.split())]), factor, **dimension)
+            put(
+                " ".join([prefix + symbol, *(words[powers[prefix]] + name for name in names.split())]),
+                factor,
+                **dimension,
+            )
 
     prefixed("m", "meter metre", m=1)
     prefixed("g", "gram", Fraction(1, 1000), prefixes="n μ mu m c k", kg=1)

@@ -601,7 +601,25 @@ def test_spam_and_contradictions_are_never_accepted(gold, response):
     assert verdict.correct is False
 
 
-@pytest.mark.parametrize("nothing", ["", " ", ":", "\n", r"\boxed{}", r"\boxed", "$$", "Answer:", "<answer></answer>", "####", r"\boxed{:}", "{", "()", r"\text{}"])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        "",
+        " ",
+        ":",
+        "\n",
+        r"\boxed{}",
+        r"\boxed",
+        "$$",
+        "Answer:",
+        "<answer></answer>",
+        "####",
+        r"\boxed{:}",
+        "{",
+        "()",
+        r"\text{}",
+    ],
+)
 def test_saying_nothing_is_no_answer(nothing):
     for gold in ("7", r"\text{east}", "C", "(1,2)", r"\emptyset"):
         verdict = judge(gold, nothing)
@@ -657,8 +675,10 @@ def test_hostile_answers_are_refused_in_bounded_time(answer):
 
 
 PIECES = (
-    r"\frac|{|}|1|2|x|+|-|^|_|(|)|[|]|,|\sqrt|\pi|=|<|\le|\text{|cm| |\infty|\cup|\{|\}|%|\circ|\pm|!|\sin|\log|e|i|0|.|\begin{pmatrix}|\end{pmatrix}|&|\\|$|\boxed{|or|and|\mathbb{R}|\setminus|12|"
-    r"\binom|\lfloor|\rfloor|:|;|\in|°|√|½|A|(B)|\angle|'|\overline{|...|\approx|/|*|\cdot|\$|\$\pm|miles|per|yes|10^{|9^9"
+    r"\frac|{|}|1|2|x|+|-|^|_|(|)|[|]|,|\sqrt|\pi|=|<|\le|\text{|cm| |\infty|\cup|\{|\}|%|\circ|\pm|!|\sin|\log|e|"
+    r"i|0|.|\begin{pmatrix}|\end{pmatrix}|&|\\|$|\boxed{|or|and|\mathbb{R}|\setminus|12|"
+    r"\binom|\lfloor|\rfloor|:|;|\in|°|√|½|A|(B)|\angle|'|\overline{|...|\approx|/|*|\cdot|\$|\$\pm|miles|per|yes|"
+    r"10^{|9^9"
 ).split("|") + ["|"]
 
 
@@ -694,11 +714,19 @@ def test_threads_agree_with_the_main_thread():
     assert found == [alone] * 4
 
 
-@pytest.mark.parametrize("file", ["math", "extract", "reading", "expression", "numbers", "regions", "units", "process"])
+@pytest.mark.parametrize(
+    "file",
+    ["math", "extract", "reading", "expression", "numbers", "proof", "settle", "forms", "regions", "units", "process"],
+)
 def test_model_text_is_never_evaluated(file):
     tree = ast.parse((Path(verifiers.__file__).parent / f"{file}.py").read_text())
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    imported = {
+        alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
     assert not called & {"eval", "exec", "compile", "sympify", "parse_expr", "__import__"}
     assert not imported & {"sympy", "signal", "subprocess", "latex2sympy2_extended"}
 
@@ -707,13 +735,27 @@ def test_model_text_is_never_evaluated(file):
 
 
 def test_percent_policies_say_what_a_percent_sign_means():
-    assert [judge(r"9\%", r"\boxed{0.09}", percent=p).correct for p in ("ratio", "strict", "ignore")] == [True, False, False]
-    assert [judge(r"9\%", r"\boxed{9}", percent=p).correct for p in ("ratio", "strict", "ignore")] == [False, False, True]
+    assert [judge(r"9\%", r"\boxed{0.09}", percent=p).correct for p in ("ratio", "strict", "ignore")] == [
+        True,
+        False,
+        False,
+    ]
+    assert [judge(r"9\%", r"\boxed{9}", percent=p).correct for p in ("ratio", "strict", "ignore")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_units_policies_say_whether_units_may_be_missing():
-    assert [judge(r"5\text{ cm}", r"\boxed{5}", units=p).correct for p in ("optional", "required", "ignore")] == [True, False, True]
-    assert [judge(r"5\text{ cm}", r"\boxed{5\text{ m}}", units=p).correct for p in ("optional", "required", "ignore")] == [False, False, True]
+    assert [judge(r"5\text{ cm}", r"\boxed{5}", units=p).correct for p in ("optional", "required", "ignore")] == [
+        True,
+        False,
+        True,
+    ]
+    assert [
+        judge(r"5\text{ cm}", r"\boxed{5\text{ m}}", units=p).correct for p in ("optional", "required", "ignore")
+    ] == [False, False, True]
 
 
 def test_strict_order_keeps_bare_lists_in_order():
@@ -727,7 +769,19 @@ def test_simplest_form_refuses_a_question_handed_back(answer):
     assert not judge("7", rf"\boxed{{{answer}}}", form="simplest").correct
 
 
-@pytest.mark.parametrize(("gold", "answer"), [("7", "7"), ("7", "7.0"), ("-7", "-7"), (r"\frac{3}{4}", "0.75"), (r"\frac{3}{4}", "3/4"), (r"\frac{7}{2}", r"3\frac{1}{2}"), (r"2\sqrt{3}", r"2\sqrt3"), ("7", "x=7")])
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("7", "7"),
+        ("7", "7.0"),
+        ("-7", "-7"),
+        (r"\frac{3}{4}", "0.75"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"\frac{7}{2}", r"3\frac{1}{2}"),
+        (r"2\sqrt{3}", r"2\sqrt3"),
+        ("7", "x=7"),
+    ],
+)
 def test_simplest_form_accepts_finished_answers(gold, answer):
     assert judge(gold, rf"\boxed{{{answer}}}", form="simplest").correct
 
@@ -747,7 +801,18 @@ def test_tolerance_is_relative_at_every_size():
         assert not judge(gold, rf"\boxed{{{near}}}").correct
 
 
-@pytest.mark.parametrize("policy", [{"percent": "maybe"}, {"units": ""}, {"order": "any"}, {"form": "nice"}, {"digits": 1}, {"tolerance": 0.7}, {"tolerance": float("nan")}])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"percent": "maybe"},
+        {"units": ""},
+        {"order": "any"},
+        {"form": "nice"},
+        {"digits": 1},
+        {"tolerance": 0.7},
+        {"tolerance": float("nan")},
+    ],
+)
 def test_an_unknown_policy_is_refused_by_name(policy):
     with pytest.raises(ValueError, match=next(iter(policy))):
         Math(**policy)
@@ -761,13 +826,27 @@ def test_the_policy_stands_in_every_verdict():
 # -- references ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000])
+@pytest.mark.parametrize(
+    "reference", ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000]
+)
 def test_a_reference_that_cannot_be_read_fails_by_task_id(reference):
     with pytest.raises(ValueError, match="task sum/17"):
         Math().check(Task("sum/17", (), reference, "math"))
 
 
-@pytest.mark.parametrize("reference", ["7", r"\boxed{7}", r"$\frac{14}{2}$", "The answer is 7.", r"\boxed{7} or \boxed{7.0}", ["seven", "7"], ("7",), r"x = \boxed{7}"])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "7",
+        r"\boxed{7}",
+        r"$\frac{14}{2}$",
+        "The answer is 7.",
+        r"\boxed{7} or \boxed{7.0}",
+        ["seven", "7"],
+        ("7",),
+        r"x = \boxed{7}",
+    ],
+)
 def test_a_reference_may_be_bare_boxed_or_in_several_forms(reference):
     Math().check(Task("t", (), reference, "math"))
     assert judge(reference, r"\boxed{7}").correct
@@ -783,7 +862,16 @@ def test_what_can_be_read_but_not_compared_is_abstained_from():
 
 
 def test_answers_group_into_classes():
-    answers = [Math().answer(text) for text in (r"\boxed{\frac12}", "The answer is 0.5.", "#### 1/2", r"\boxed{0.50}", "no idea at all what on earth this could possibly be")]
+    answers = [
+        Math().answer(text)
+        for text in (
+            r"\boxed{\frac12}",
+            "The answer is 0.5.",
+            "#### 1/2",
+            r"\boxed{0.50}",
+            "no idea at all what on earth this could possibly be",
+        )
+    ]
     assert answers == ["1/2", "1/2", "1/2", "1/2", None]
     assert Math().equal("1/2", "50%")
     assert not Math().equal("", "")

@@ -47,7 +47,10 @@ def test_the_verdict_is_of_the_answer_and_carries_the_steps():
 
 
 def test_a_right_chain_to_no_answer_is_wrong():
-    verdict = ProcessMath().verify(Task("t", (), "7", "process_math"), "3+4=7 is what I get when I add the two of them up and then I stop to say any more about it")
+    verdict = ProcessMath().verify(
+        Task("t", (), "7", "process_math"),
+        "3+4=7 is what I get when I add the two of them up and then I stop to say any more about it",
+    )
     assert verdict.correct is False
     assert verdict.steps == (1.0,)
 
