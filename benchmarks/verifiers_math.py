@@ -2,9 +2,10 @@ r"""The math verifier beside math-verify: verdicts on generated truth tables, an
 
     python benchmarks/verifiers_math.py [--rows 4000] [--seed 0] [--out benchmarks/results/verifiers_math.json]
 
-`cases` makes golds of the kinds that public data sets hold (numbers, radicals, quantities, lists, intervals, relations, matrices, bases ...),
-their true variants and their near misses (a digit, the sign, the unit, the order, the base, the percent sign off). Knows the answers by
-construction, never by asking a judge. Both judges see the same rows and the same 3,000-character completions, on one core, one after the other.
+`cases` makes golds of the kinds that public data sets hold (numbers, radicals, quantities, lists, intervals,
+relations, matrices, bases ...), their true variants and their near misses (a digit, the sign, the unit, the order,
+the base, the percent sign off). Knows the answers by construction, never by asking a judge. Both judges see the
+same rows and the same 3,000-character completions, on one core, one after the other.
 """
 
 from __future__ import annotations
@@ -345,7 +346,7 @@ def angle(draw: random.Random) -> Made:
     false = [
         f"{n + 1}^\\circ",
         f"-{n}^\\circ",
-        f"{n}\\text{{ cm}}" if False else f"{n}0^\\circ",
+        f"{n}0^\\circ",
         f"{n}\\pi",
         f"\\frac{{{n}\\pi}}{{90}}",
         f"{180 - n if n != 90 else 45}^\\circ",
@@ -399,7 +400,7 @@ def triple(draw: random.Random) -> Made:
 def bare_list(draw: random.Random) -> Made:
     a, b, c = draw.sample(range(-40, 90), 3)
     true = [
-        f"{a},{b},{c}" if abs(b) < 100 else "",
+        f"{a},{b},{c}",
         f"{c}, {a}, {b}",
         f"\\{{{b}, {c}, {a}\\}}",
         f"{a}, {b}, \\text{{ and }} {c}",
@@ -485,7 +486,7 @@ def ray(draw: random.Random) -> Made:
         f"x = {a}",
         f"({a},\\infty)",
         f"(-\\infty,{a}]",
-        f"y \\ge {a}" if False else f"x \\ge {-a or 1}",
+        f"x \\ge {-a or 1}",
         str(a),
         f"[{a},{a + 100}]",
     ]
@@ -514,25 +515,18 @@ def union(draw: random.Random) -> Made:
     return f"(-\\infty,{a})\\cup({b},\\infty)", true, false
 
 
+def cells(a: int, b: int, c: int, d: int) -> str:
+    return f"\\begin{{pmatrix}} {a} & {b} \\\\ {c} & {d} \\end{{pmatrix}}"
+
+
 def matrix(draw: random.Random) -> Made:
     a, b, c, d = draw.sample(range(-20, 30), 4)
-    cells = lambda *v: "\\begin{pmatrix} %d & %d \\\\ %d & %d \\end{pmatrix}" % v  # noqa: E731
-    true = [
-        cells(a, b, c, d).replace("pmatrix", "bmatrix"),
-        cells(a, b, c, d).replace(" ", ""),
-        f"A = {cells(a, b, c, d)}",
-        "\\left[\\begin{array}{cc} %d & %d \\\\ %d & %d \\end{array}\\right]" % (a, b, c, d),
-    ]
-    false = [
-        cells(a, c, b, d),
-        cells(a + 1, b, c, d),
-        cells(c, d, a, b),
-        cells(b, a, d, c),
-        "\\begin{pmatrix} %d & %d \\end{pmatrix}" % (a, b),
-        cells(a, b, c, -d or 99),
-        f"({a},{b},{c},{d})",
-    ]
-    return cells(a, b, c, d), true, false
+    gold = cells(a, b, c, d)
+    array = gold.replace("begin{pmatrix}", "left[\\begin{array}{cc}").replace("end{pmatrix}", "end{array}\\right]")
+    true = [gold.replace("pmatrix", "bmatrix"), gold.replace(" ", ""), f"A = {gold}", array]
+    row = f"\\begin{{pmatrix}} {a} & {b} \\end{{pmatrix}}"
+    false = [cells(a, c, b, d), cells(a + 1, b, c, d), cells(c, d, a, b), cells(b, a, d, c), row]
+    return gold, true, [*false, cells(a, b, c, -d or 99), f"({a},{b},{c},{d})"]
 
 
 def line(draw: random.Random) -> Made:
@@ -550,7 +544,7 @@ def line(draw: random.Random) -> Made:
         f"y = {a}x - {b}",
         f"y = {a + 1}x + {b}",
         f"y = {a}x + {b + 1}",
-        f"x = {a}y + {b}" if True else "",
+        f"x = {a}y + {b}",
         f"y = -{a}x + {b}",
         "0=0",
         f"{a}x + {b} = 0",
@@ -915,8 +909,10 @@ def counting(draw: random.Random) -> Made:
 
 
 FAMILIES: list[Callable[[random.Random], Made]] = [
-    integer, negative, decimal, fraction, radical, surd, pi_multiple, percentage, quantity, rate, money, angle, pair, triple, bare_list, set_of, interval, ray, union,
-    matrix, line, choice, word, based, plus_minus, scientific, complex_number, logarithm, power, polynomial, several_symbols, trigonometric, solutions, ratio, infinite,
+    integer, negative, decimal, fraction, radical, surd, pi_multiple, percentage, quantity, rate, money, angle, pair,
+    triple, bare_list, set_of, interval, ray, union,
+    matrix, line, choice, word, based, plus_minus, scientific, complex_number, logarithm, power, polynomial,
+    several_symbols, trigonometric, solutions, ratio, infinite,
     tiny, counting,
 ]  # fmt: skip
 
@@ -993,6 +989,9 @@ def math_verify_judge() -> Callable[[str, str], bool | None] | None:
     return judge
 
 
+TITLES = ("rows", "per second", "median ms", "p99 ms", "false accepts", "false refusals", "undecided")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rows", type=int, default=4000)
@@ -1008,14 +1007,11 @@ def main() -> None:
         results["math-verify"] = judged(rows[:: max(1, len(rows) // chosen.against)], other)
     for case, got in results["reasoner"]["wrong"][: chosen.show]:
         print(f"{case.family:16} {'EQUAL' if case.equal else 'DIFFERENT'} judged {got}: {case.gold}  ||  {case.answer}")
-    print(
-        f"{'judge':12} {'rows':>6} {'per s':>8} {'median ms':>10} {'p99 ms':>8} {'false accepts':>16} {'false refusals':>16}"
-    )
+    print(" ".join(["judge       ", *(f"{title:>16}" for title in TITLES)]))
     for name, r in results.items():
         accepts, refusals = f"{r['false_accepts']}/{r['near_misses']}", f"{r['false_refusals']}/{r['true_variants']}"
-        print(
-            f"{name:12} {r['rows']:>6} {r['per_second']:>8} {r['median_ms']:>10} {r['p99_ms']:>8} {accepts:>16} {refusals:>16}"
-        )
+        row = (r["rows"], r["per_second"], r["median_ms"], r["p99_ms"], accepts, refusals, r["undecided"])
+        print(" ".join([f"{name:12}", *(f"{cell!s:>16}" for cell in row)]))
         del r["wrong"]
     if chosen.out:
         chosen.out.write_text(json.dumps(results, indent=2) + "\n")

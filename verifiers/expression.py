@@ -1,9 +1,10 @@
 r"""Reads LaTeX and plain mathematics into a small tree.
 
-A tokenizer and a recursive-descent parser of this room's own: model text is never evaluated, and every bound (characters,
-tokens, depth, digits) is checked before work is done, so reading costs microseconds and is safe in any thread.
-Knows nothing of equality (`verifiers.numbers`, `verifiers.math`) nor of responses (`verifiers.extract`).
-Limits: sums, integrals, limits, case distinctions and quantifiers are not read (`Unreadable`); `log` without a base is base 10.
+A tokenizer and a recursive-descent parser of this room's own: model text is never evaluated, and every bound
+(characters, tokens, depth, digits) is checked before work is done, so reading costs microseconds and is safe in any
+thread. Knows nothing of equality (`verifiers.numbers`, `verifiers.math`) nor of responses (`verifiers.extract`).
+Limits: sums, integrals, limits, case distinctions and quantifiers are not read (`Unreadable`); `log` without a base
+is base 10.
 
 A tree is a tuple whose first entry names its kind:
     ("num", Fraction, digits)       digits: significant ones of a decimal literal, 0 for an exact number
@@ -11,7 +12,8 @@ A tree is a tuple whose first entry names its kind:
     ("add", *t)  ("mul", *t)  ("div", a, b)  ("pow", a, b)  ("neg", a)  ("pm", a)  ("fn", name, *t)
     ("pct", a)  ("deg", a)  ("unit", a, unit)  ("based", digits, base)  ("ratio", *t)
     ("tuple", *t)  ("bracket", *t)  ("set", *t)  ("list", *t)  ("interval", lo, hi, lo_closed, hi_closed)
-    ("union", *t)  ("meet", *t)  ("minus", a, b)  ("matrix", rows)  ("rel", operators, *t)  ("reals",)  ("empty",)  ("text", words)
+    ("union", *t)  ("meet", *t)  ("minus", a, b)  ("matrix", rows)  ("rel", operators, *t)  ("reals",)  ("empty",)
+    ("text", words)
 """
 
 from __future__ import annotations
@@ -912,7 +914,7 @@ class _Reader:
         return ("matrix", tuple(tuple(row) for row in rows))
 
     def system(self) -> Tree:
-        """Statements on lines of their own: `\begin{cases} x = 1 \\\\ y = 2 \end{cases}`."""
+        r"""Statements on lines of their own: `\begin{cases} x = 1 \\ y = 2 \end{cases}`."""
         items = [self.statement()]
         while self.take("\\\\", ","):
             if self.here is not None and self.here.kind == "cmd" and self.here.text == "end":
@@ -946,18 +948,17 @@ def _quantity(tree: Tree) -> bool:
 
 
 def _plain(tree: Tree) -> bool:
-    """Made of numbers alone: in `2 \pi h` the h is a symbol."""
+    r"""Made of numbers alone: in `2 \pi h` the h is a symbol."""
     return tree[0] == "num" or (
         tree[0] in ("add", "mul", "div", "neg", "pow", "pct", "pm") and all(_plain(part) for part in tree[1:])
     )
 
 
 def _is_mixed(left: Tree, right: Tree, glued: Token) -> bool:
-    """`3\frac{1}{2}` is three and a half; `2\frac{3}{2}` is a product."""
-    return (
-        left[0] == "num" and left[2] == 0 and left[1].denominator == 1 and left[1] > 0
-        and glued.kind == "cmd" and right[0] == "div" and all(t[0] == "num" and t[2] == 0 for t in right[1:]) and 0 < right[1][1] < right[2][1]
-    )  # fmt: skip
+    r"""`3\frac{1}{2}` is three and a half; `2\frac{3}{2}` is a product."""
+    whole = left[0] == "num" and left[2] == 0 and left[1].denominator == 1 and left[1] > 0
+    parts = glued.kind == "cmd" and right[0] == "div" and all(t[0] == "num" and t[2] == 0 for t in right[1:])
+    return whole and parts and 0 < right[1][1] < right[2][1]
 
 
 def _mixed_plain(reader: _Reader, whole: Tree, top: Tree) -> Tree | None:

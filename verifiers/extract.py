@@ -152,12 +152,10 @@ def _hashes(text: str) -> str | None:
 
 
 def _cue(text: str) -> str | None:
-    last = None
-    for last in _CUE.finditer(text):
-        pass
-    if last is None:
+    cues = list(_CUE.finditer(text))
+    if not cues:
         return None
-    rest = text[last.end() :].lstrip(" \t*_")[:LONGEST]
+    rest = text[cues[-1].end() :].lstrip(" \t*_")[:LONGEST]
     line = rest.lstrip("\n").partition("\n")[0]
     if re.match(r"\s*(?:\\\[|\$\$)\s*$", line):  # a display that opens on its own line
         display = _MATH.search(rest)

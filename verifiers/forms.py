@@ -82,7 +82,7 @@ def near(left: Tree, right: Tree, tolerance: float) -> bool:
 
 
 def finished(tree: Tree) -> bool:
-    """Whether no arithmetic on plain numbers is left to do: 7, 0.5, 3/4, 1 1/2 and 2 sqrt(3) are finished; 3 + 4, 6/8 and 2^3 are not."""
+    """Whether no arithmetic on plain numbers is left to do: 7, 3/4, 2 sqrt(3) are finished; 3 + 4, 6/8 are not."""
     kind = tree[0]
     if kind in ("num", "sym", "const", "text", "based", "reals", "empty"):
         return True

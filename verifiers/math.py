@@ -1,10 +1,11 @@
 r"""Judges a final answer against a mathematical reference.
 
-Layers, cheapest first: the answer's text is found (`verifiers.extract`), read into a tree by this room's own parser (`verifiers.reading`,
-`verifiers.expression`; model text is never evaluated), compared by its kind (here: numbers, quantities, lists, sets, intervals, relations,
-matrices, choices, words) and its numbers by exact arithmetic, proof or evaluation (`verifiers.numbers`).
-Every step is bounded by counted work; nothing uses signals, clocks or shared state, so a `Math` may be called from any thread.
-Knows nothing of how the response was made. Limit: what it can read but not compare (a sum, an integral) it abstains from.
+Layers, cheapest first: the answer's text is found (`verifiers.extract`), read into a tree by this room's own parser
+(`verifiers.reading`, `verifiers.expression`; model text is never evaluated), compared by its kind (here: numbers,
+quantities, lists, sets, intervals, relations, matrices, choices, words) and its numbers by exact arithmetic, proof
+or evaluation (`verifiers.numbers`). Every step is bounded by counted work; nothing uses signals, clocks or shared
+state, so a `Math` may be called from any thread. Knows nothing of how the response was made. Limit: what it can
+read but not compare (a sum, an integral) it abstains from.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ ITEMS = 40  # of a list or set that is compared without order
 class Math:
     r"""The math verifier; its fields are the named policies.
 
-    A reference is one string (bare or boxed LaTeX; several boxes that are equal are forms of one answer) or a sequence of alternatives.
+    A reference is one string (bare or boxed LaTeX; several boxes that are equal are forms of one answer) or a sequence
+    of alternatives.
 
     Example:
         Math().verify(Task("t", (), reference="\\frac{1}{2}", verifier="math"), r"... so \boxed{0.5}.").correct  # True
@@ -94,7 +96,8 @@ class Math:
                 continue
             if not gold.text or _unbalanced(gold.text):
                 raise ValueError(
-                    f"task {task.id}: reference {task.reference!r} cannot be read ({gold.why}): give one answer in LaTeX, plain text or a box"
+                    f"task {task.id}: reference {task.reference!r} cannot be read ({gold.why}): "
+                    "give one answer in LaTeX, plain text or a box"
                 )
 
     def answer(self, response: str) -> str | None:
@@ -113,7 +116,7 @@ class Math:
         except numbers.Exhausted:
             return False
 
-    # -- responses and references -----------------------------------------------------------------------------------
+    # -- responses and references -------------------------------------------------------------------------------------
 
     def _found(self, response: str) -> tuple[Reading | None, str, str]:
         """The one answer a response commits to, or None with the reason."""
@@ -309,7 +312,7 @@ class Math:
             return False
         return _all(self._same(x, y) for x, y in zip(entries, other[1:], strict=True))
 
-    # -- quantities -----------------------------------------------------------------------------------------------------
+    # -- quantities ---------------------------------------------------------------------------------------------------
 
     def _quantities(self, left: Tree, right: Tree) -> bool | None:
         (a, unit_a), (b, unit_b) = quantity(left), quantity(right)
@@ -360,7 +363,7 @@ class Math:
         return exact
 
 
-# -- parts of the comparison -------------------------------------------------------------------------------------------
+# -- parts of the comparison ------------------------------------------------------------------------------------------
 
 
 def _all(outcomes: Any) -> bool | None:
@@ -453,7 +456,7 @@ def _ratios(left: Tree, right: Tree) -> bool | None:
     return proof.equal(("div", ratio[1], ratio[2]), other)
 
 
-# -- references --------------------------------------------------------------------------------------------------------
+# -- references -------------------------------------------------------------------------------------------------------
 
 
 def _golds(task: Task) -> tuple[Reading, ...]:
@@ -470,7 +473,7 @@ def _golds(task: Task) -> tuple[Reading, ...]:
 
 @lru_cache(maxsize=8192)
 def _forms(text: str) -> tuple[Reading, ...]:
-    """One reference as its alternative forms: boxes that agree are forms of one answer, boxes that do not are its parts."""
+    """One reference as its alternative forms: boxes that agree are forms of one answer, others are its parts."""
     if "boxed" not in text and "<answer>" not in text:
         return (read(text),)
     found = final(text)
@@ -485,7 +488,7 @@ def _forms(text: str) -> tuple[Reading, ...]:
 
 
 def _same_text(left: Reading, right: Reading) -> bool:
-    """Identical spellings of something that is not empty; spam such as 0=0 reads as mathematics and is judged as such."""
+    """Identical spellings of what can only be compared as text; `0=0` reads as mathematics and is no such."""
     return bool(left.text) and left.text == right.text and not (left.trees or left.words or left.choice)
 
 

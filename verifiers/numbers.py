@@ -1,8 +1,9 @@
 r"""Values of expressions: exact rationals, and 60-digit numbers at fixed random points.
 
-Bounded by counted work and free of signals, clocks and shared state: what exceeds a bound raises `Beyond`, what has no value `Undefined`,
-and a judgement that spends its whole budget `Exhausted`. Neighbour: `verifiers.proof` decides equality with what is here.
-Knows no sets, units, text or policies. mpmath is used through a context of each thread's own: the shared one changes while it works.
+Bounded by counted work and free of signals, clocks and shared state: what exceeds a bound raises `Beyond`, what has
+no value `Undefined`, and a judgement that spends its whole budget `Exhausted`. Neighbour: `verifiers.proof` decides
+equality with what is here. Knows no sets, units, text or policies. mpmath is used through a context of each
+thread's own: the shared one changes while it works.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def spend(amount: float) -> None:
 
 
 def rational(tree: Tree) -> Fraction | None:
-    """The value when it is made of rationals by + - * / and integer powers; None when it is not. Raises Undefined, Beyond."""
+    """The value when exact arithmetic can find it, else None. Raises Undefined, Beyond."""
     kind = tree[0]
     if kind == "num":
         return tree[1]
@@ -317,7 +318,7 @@ def mentions_i(tree: Tree) -> bool:
 
 @lru_cache(maxsize=64)
 def points(names: tuple[str, ...]) -> tuple[dict[str, Fraction], ...]:
-    """Fixed points: inside (0, 1), around 1, negative, small and large; then whole numbers for what is defined only there."""
+    """Fixed points: in (0, 1), around 1, negative, large; then whole numbers, for what is defined only there."""
     draw = random.Random("points/" + "/".join(names))
     ranges = ((0, 1), (1, 4), (-4, 4), (0, 1), (-1, 1), (5, 40), (-40, 40), (1, 4), (100, 5000), (-5000, -100))
     found = [

@@ -1,9 +1,10 @@
 r"""Step scores without a trained model: every equality between numbers that a solution states is checked.
 
-`3 + 4 = 7` earns its step 1.0, `3 + 4 = 8` earns it 0.0; a step that claims nothing checkable earns 1.0, as no error was found in it.
-What has a symbol in it (`2x = 6`), and what is cut by words (`3 apples + 4`), is not judged: a false alarm teaches more harm than a miss.
-Knows no reference. Neighbours: `verifiers.math` judges the final answer, `verifiers.proof` the equalities.
-Limit: arithmetic only. A step that is true but useless scores 1.0; learned and Monte-Carlo step values fill the same `Verdict.steps`.
+`3 + 4 = 7` earns its step 1.0, `3 + 4 = 8` earns it 0.0; a step that claims nothing checkable earns 1.0, as no
+error was found in it. What has a symbol in it (`2x = 6`), and what is cut by words (`3 apples + 4`), is not judged:
+a false alarm teaches more harm than a miss. Knows no reference. Neighbours: `verifiers.math` judges the final
+answer, `verifiers.proof` the equalities. Limit: arithmetic only. A step that is true but useless scores 1.0;
+learned and Monte-Carlo step values fill the same `Verdict.steps`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 r"""Equality of two expressions, cheapest layer first.
 
     1. exact rationals;
-    2. a proof: the difference as a quotient of polynomials over atoms (symbols, constants, prime roots, function values). Zero proves
-       equality, a non-zero rational or a single product that cannot vanish proves the opposite;
-    3. what is left, at random points: equal means to 40 of 60 digits, relative to the largest term that remains after layer 2.
+    2. a proof: the difference as a quotient of polynomials over atoms (symbols, constants, prime roots, function
+       values). Zero proves equality; a non-zero rational, or one product that cannot vanish, proves the opposite;
+    3. what is left, at random points: equal means to 40 of 60 digits, relative to the largest term that remains
+       after layer 2.
 
 Knows how to value an expression (`verifiers.numbers`), nothing of sets, units or policies (`verifiers.math`).
 Limit: an equality found by layer 3 alone holds at every point tried; it is not a proof.
@@ -319,7 +320,7 @@ class _Atoms:
         return sign, powers
 
     def opaque_power(self, base: tuple[Poly, Poly], exponent_tree: Tree) -> tuple[Poly, Poly]:
-        """b^e with e no rational: e is split into its terms, b^(c t) is (b^t)^c for a whole number b > 0 or the constant e."""
+        """b^e with e no rational: b^(c t) is (b^t)^c for a rational b > 0 or the constant e."""
         top, bottom = self.quotient(exponent_tree)
         shared = set(bottom) == {()}
         plain = base[1] == _ONE and (
@@ -418,7 +419,7 @@ def _key(poly: Poly) -> tuple:
 
 @lru_cache(maxsize=4096)
 def _factors(value: int) -> tuple[tuple[int, int], ...]:
-    """Prime factors by trial division to 1,000; what is left counts as one factor (its square root is taken when exact)."""
+    """Prime factors by trial division to 1,000; what is left counts as one factor, or its exact square root twice."""
     assert value > 0
     found = []
     p = 2

@@ -1,7 +1,8 @@
 r"""Sets of real numbers: intervals, unions, complements and the solutions of linear inequalities in one unknown.
 
-A region is a sorted list of pieces that neither touch nor overlap. Knows no policies and no text. Neighbour: `verifiers.math`
-compares two regions piece by piece. Limit: end points are constants; an inequality that is not linear in its unknown is no region here.
+A region is a sorted list of pieces that neither touch nor overlap. Knows no policies and no text. Neighbour:
+`verifiers.math` compares two regions piece by piece. Limit: end points are constants; an inequality that is not
+linear in its unknown is no region here.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _relation(tree: Tree) -> list[Piece]:
 
 
 def _linear(op: str, left: Tree, right: Tree, name: str) -> list[Piece]:
-    """Solutions of one relation with one unknown on its sides, from two values of the difference and a third as proof of linearity."""
+    """Solutions of a relation with one unknown, from two values of the difference; two more must show it is linear."""
     if (
         left == ("sym", name)
         and right in (INFINITY, MINUS_INFINITY)

@@ -1,9 +1,11 @@
 r"""What an answer says: relations, names, open signs and unit words resolved.
 
-`x = 5` names 5, `3 + 4 = 7` says 7, `\pm 2` is a list of two, `0 = 0` says nothing and is `Refused`.
-Knows no policies; the equality of the members of a chain is asked of the caller. Neighbour: `verifiers.math` compares what comes out.
+`x = 5` names 5, `3 + 4 = 7` says 7, `\pm 2` is a list of two, `0 = 0` says nothing and is `Refused`. Knows no
+policies; the equality of the members of a chain is asked of the caller. Neighbour: `verifiers.math` compares what
+comes out.
 
-Besides the trees of `verifiers.expression` there come out: ("named", name, value, left side), ("equation", difference, left, right).
+Besides the trees of `verifiers.expression` there come out: ("named", name, value, left side), ("equation",
+difference, left, right).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""Units of measure as scale and dimension, read from the words after a quantity.
 
-Knows the SI, common imperial, time, money and angle units. Does not know temperature offsets (°C and °F never convert), exchange rates
-or what an unknown word means: "5 apples" carries the label "apple", equal to itself alone. Neighbour: `verifiers.math` compares quantities.
+Knows the SI, common imperial, time, money and angle units. Does not know temperature offsets (°C and °F never
+convert), exchange rates or what an unknown word means: "5 apples" carries the label "apple", equal to itself alone.
+Neighbour: `verifiers.math` compares quantities.
 """
 
 from __future__ import annotations

@@ -23,6 +23,28 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+\frac{1}{3}\pi h || \frac{1}{3}\pi
+5 m || 5 s
+\begin{cases} x=1 \\ y=2 \end{cases} || x=2,y=1
+5m || 6m
+\mathbb{R} || x\in\mathbb{Z}
+a_n=2n+1 || a_n=2n-1
+a_n=2n+1 || b_n=2n+2
+\sqrt{2}:1 || 1:\sqrt2
+\text{two} || 3
+100 N || 100 J
+3.5\text{ million} || 3.5
+3.5 || 3.5 million
+\frac{dy}{dx}=2x || 2y
+x \in \mathbb{Z} || \mathbb{R}
+2/3 || 0.67
+2/3 || 0.666667\%
+5\% || 5\text{ cm}
+(1,2,3) || (3,2,1)
+{1,2} || {1,3}
+30^\circ || 30'
+x=1 || x=1,x=2
+\text{increase by 5} || \text{increase by -5}
 5 || 6
 5 || -5
 0=0 || 1=1
@@ -189,6 +211,73 @@ x+10^{-60} || x
 """)
 
 SAME = table(r"""
+\frac{1}{3}\pi h || \frac{\pi h}{3}
+\frac{1}{2} h || \frac{h}{2}
+\frac{h}{2} || \frac{1}{2} h
+5m || 5 m
+5 m || 5 \text{ m}
+5 \text{ m} || 5m
+\frac{\pi}{4}+k\pi, k\in\mathbb{Z} || k\pi+\frac{\pi}{4}
+\frac{\pi}{4}+k\pi || k\pi+\frac{\pi}{4} \quad (k \in \mathbb{Z})
+2k\pi \text{ for } k \in \mathbb{Z} || 2\pi k
+5\% || 5\text{\%}
+\begin{cases} x=1 \\ y=2 \end{cases} || x=1,y=2
+(1,2) || \begin{cases} x=1 \\ y=2 \end{cases}
+12 \mathrm{~cm} || 12 \text{ cm}
+1.5\,\mathrm{mm} || 0.0015 m
+x \in \mathbb{R} || \mathbb{R}
+\mathbb{R} || x \in \mathbb{R}
+\log_{2}{3} || \log_2(3)
+\pounds 5 || £5
+V = \frac{4}{3}\pi r^3 || \frac{4\pi r^3}{3}
+A = \pi r^2 || \pi r^2
+2 x || 2x
+6 a b || 6ab
+3 m n || 3mn
+100 N || 100 \text{ newtons}
+2 \pi r h || 2\pi rh
+(2, 3) || $(2,3)$
+\frac{1}{2}, \frac{1}{3} || $\frac{1}{2}$, $\frac{1}{3}$
+\text{(A)} || A: 12
+\left(\begin{array}{c}1\\2\end{array}\right) || \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+1\leq n \leq 5 || n\in[1,5]
+n=1,2,3 || 1, 2, 3
+(-1,1) || -1<x<1
+-1<x<1 || (-1,1)
+x>0 || x\in(0,+\infty)
+\frac{1}{e} || e^{-1}
+100\pi \text{ cm}^2 || 100\pi
+\frac{\sqrt{2}}{2}+\frac{\sqrt{2}}{2}i || e^{i\pi/4}
+\text{cis}(\pi/4) || \text{cis}(\pi/4)
+10^{2} || 100
+a_n=2n+1 || 2n+1
+a_n=2n+1 || a_{n}=2n+1
+S_n=n^2 || n^2
+\tan\alpha=2 || 2
+x=\ln 2 || \ln 2
+y'=2x || 2x
+3^{x}\ln 3 || \ln(3) 3^x
+\sqrt{2}:1 || \sqrt2
+0.5 || 50\%
+2/3 || 0.6666667
+1.0 || 1
+-0 || 0
+1/2 || 2/4
+\text{two} || 2
+\text{2} || 2
+(1, 2, 3) || 1,2,3
+\{-1,0,1\} || -1,0,1
+\{2\} || 2
+x\neq1 || (-\infty,1)\cup(1,\infty)
+(0,1] || 0<x\leq1
+\text{Sunday} || sunday
+\text{Figure B} || Figure B
+\mathrm{C} || C
+\mathbf{B} || B
+10\sqrt{3} \text{ m} || 10\sqrt3
+3.5\text{ million} || 3,500,000
+4.5\times10^9 || 4.5 billion
+1:30 || 1:30
 \frac{1}{2} || 0.5
 (1,2) || (1, 2)
 (1,2) || \left( 1,2 \right)
@@ -657,11 +746,18 @@ def test_an_explicit_revision_replaces_the_box_before_it():
 
 
 HOSTILE = [
-    "10^{10^{10}}", "10^{10^{10^{10}}}", "9^{9^{9^{9}}}", "9" * 1990, r"\frac{1}{" * 100 + "1" + "}" * 100, "(" * 200 + "1" + ")" * 200, "{" * 900, "x^{" * 39 + "2" + "}" * 39,
-    "((x+y+z+w)^{60}+1)^{60}", "(a+b+c+d+f+g+h)^{30}", r"\sin(10^{1000000})", "100000!", "((5!)!)!", "3000!!!", r"\binom{1000000}{500000}", "1e99999999", "10^{-10^{10}}", "+" * 900 + "1", "-" * 900 + "1",
-    r"\pm 1" * 60, r"\pm " * 60 + "1", "1" + "\\pm 2" * 20, "|" * 100 + "x" + "|" * 100, "x<1 or " * 60 + "x>2", r"\cup".join(f"({i},{i + 1})" for i in range(60)), "1," * 300 + "1",
-    "e^{e^{e^{e^{e}}}}", "x^{x^{x^{x^x}}}", r"\sqrt[10^{10}]{2}", "2^{1/1000003}", r"\log_{10^{10^{10}}}(10^{10^{10^{10}}})", r"\begin{pmatrix}" * 50, r"\frac" * 300, "5 " + "m^" * 200, "$" * 1000, "sqrt" * 400,
-    ",".join(f"(x+{i})^{{40}}" for i in range(30)), r"\lfloor 10^{500}\sqrt{2} \rfloor", "(1+10^{-500})^{10^{400}}", "\x00", "\ud800", r"\text{" * 300, r"\boxed{" * 300, r"\boxed{" * 300 + "}" * 300,
+    "10^{10^{10}}", "10^{10^{10^{10}}}", "9^{9^{9^{9}}}",
+    "9" * 1990,
+    r"\frac{1}{" * 100 + "1" + "}" * 100, "(" * 200 + "1" + ")" * 200, "{" * 900, "x^{" * 39 + "2" + "}" * 39,
+    "((x+y+z+w)^{60}+1)^{60}", "(a+b+c+d+f+g+h)^{30}", r"\sin(10^{1000000})", "100000!", "((5!)!)!", "3000!!!",
+    r"\binom{1000000}{500000}", "1e99999999", "10^{-10^{10}}", "+" * 900 + "1", "-" * 900 + "1",
+    r"\pm 1" * 60, r"\pm " * 60 + "1", "1" + "\\pm 2" * 20, "|" * 100 + "x" + "|" * 100, "x<1 or " * 60 + "x>2",
+    r"\cup".join(f"({i},{i + 1})" for i in range(60)), "1," * 300 + "1",
+    "e^{e^{e^{e^{e}}}}", "x^{x^{x^{x^x}}}", r"\sqrt[10^{10}]{2}", "2^{1/1000003}",
+    r"\log_{10^{10^{10}}}(10^{10^{10^{10}}})",
+    r"\begin{pmatrix}" * 50, r"\frac" * 300, "5 " + "m^" * 200, "$" * 1000, "sqrt" * 400,
+    ",".join(f"(x+{i})^{{40}}" for i in range(30)), r"\lfloor 10^{500}\sqrt{2} \rfloor", "(1+10^{-500})^{10^{400}}",
+    "\x00", "\ud800", r"\text{" * 300, r"\boxed{" * 300, r"\boxed{" * 300 + "}" * 300,
 ]  # fmt: skip
 
 
@@ -731,7 +827,7 @@ def test_model_text_is_never_evaluated(file):
     assert not imported & {"sympy", "signal", "subprocess", "latex2sympy2_extended"}
 
 
-# -- policies ------------------------------------------------------------------------------------------------------------
+# -- policies ---------------------------------------------------------------------------------------------------------
 
 
 def test_percent_policies_say_what_a_percent_sign_means():
@@ -823,7 +919,7 @@ def test_the_policy_stands_in_every_verdict():
     assert judge("7", "").evidence["policy"]["percent"] == "ratio"
 
 
-# -- references ------------------------------------------------------------------------------------------------------------
+# -- references -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
