@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 Ending = Literal["stop", "length"]
@@ -64,7 +65,7 @@ class Trajectory:
     @property
     def ids(self) -> tuple[int, ...]:
         """Prompt and steps: what the engine continues from."""
-        return self.prompt + tuple(i for step in self.steps for i in step.ids)
+        return (*self.prompt, *chain.from_iterable(step.ids for step in self.steps))
 
     @property
     def text(self) -> str:

@@ -9,10 +9,13 @@ Neighbour: `explore` is how callers run one search on one question.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
+from array import array
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from search.base import (
@@ -133,19 +136,20 @@ class Tree:
     async def score(self, path: Trajectory) -> float:
         """The scorer's word on a path, asked once for equal token ids however often it is wanted."""
         assert self.judge is not None, "a search that needs a score says so in check()"
-        record = self.record
-        if path.ids not in record.scores:
-            record.scores[path.ids] = asyncio.ensure_future(self._score(path))
-        return await asyncio.shield(record.scores[path.ids])
+        ids, scores = path.ids, self.record.scores
+        if ids not in scores:
+            scores[ids] = asyncio.ensure_future(self._score(path, ids))
+        return await asyncio.shield(scores[ids])
 
-    async def _score(self, path: Trajectory) -> float:
-        record, new = self.record, len(path.ids)
-        for steps in range(len(path.steps) - 1, -1, -1):
-            length = len(path.prompt) + sum(len(step.ids) for step in path.steps[:steps])
-            if path.ids[:length] in record.scores:
-                new -= length
+    async def _score(self, path: Trajectory, ids: tuple[int, ...]) -> float:
+        record, read = self.record, len(ids)
+        for step in reversed(path.steps):  # back to the longest prefix that the scorer has read
+            read -= len(step.ids)
+            if ids[:read] in record.scores:
                 break
-        record.ledger.judged += new
+        else:
+            read = 0
+        record.ledger.judged += len(ids) - read
         value = float(await self.judge(path))
         if math.isnan(value):
             raise ValueError(f"the scorer gave NaN for {path.text[-80:]!r}: a scorer that cannot judge must say why")
@@ -243,12 +247,18 @@ def best(paths: Iterable[Trajectory]) -> list[Trajectory]:
 
 def key(path: Trajectory) -> int:
     """Identity of a path in the log."""
-    return derive(path.seed, *path.ids)
+    return _digest(path.seed, path.ids)
 
 
 def content(path: Trajectory) -> int:
     """The same for paths with the same tokens, whatever their seeds: what a score belongs to."""
-    return derive("ids", *path.ids)
+    return _digest(0, path.ids)
+
+
+def _digest(seed: int, ids: Sequence[int]) -> int:
+    """As `derive`, for many numbers at once."""
+    digest = hashlib.blake2b(array("q", [seed, *ids]).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _extend_row(
@@ -258,7 +268,7 @@ def _extend_row(
         "kind": "extend",
         "path": key(path),
         "until": [until.kind, until.tokens],
-        "sampling": asdict(sampling),
+        "sampling": _sampling_row(sampling),
         "children": [
             {
                 "path": key(child),
@@ -293,8 +303,16 @@ def _child(path: Trajectory, row: Row) -> Trajectory:
 
 
 def _step_row(step: Step) -> Row:
-    row = {name: value for name, value in asdict(step).items() if value not in ((), 0) or name in ("ids", "logprobs")}
-    return {**row, "ids": list(step.ids), "logprobs": list(step.logprobs), "sampled": step.sampled}
+    row: Row = {"ids": list(step.ids), "logprobs": list(step.logprobs), "text": step.text, "sampled": step.sampled}
+    for name in ("versions", "top", "cached"):
+        if value := getattr(step, name):
+            row[name] = value
+    return row
+
+
+@lru_cache(maxsize=256)
+def _sampling_row(sampling: Sampling) -> Row:
+    return asdict(sampling)
 
 
 def _step(row: Mapping[str, Any]) -> Step:
@@ -326,7 +344,7 @@ class Replay:
         return self.engine.write(path, text, turn=turn)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
-        wanted = (key(path), [until.kind, until.tokens], asdict(self.sampling))
+        wanted = (key(path), [until.kind, until.tokens], _sampling_row(self.sampling))
         for row in self.rows:
             if row["kind"] == "extend" and (row["path"], row["until"], row["sampling"]) == wanted:
                 if len(row["children"]) == n:
