@@ -788,7 +788,7 @@ class _Reader:
         return ("sym", "mathbb " + _name(inner))
 
     def argument(self) -> Tree:
-        """A braced group or one token: `\frac12` is one half."""
+        r"""A braced group or one token: `\frac12` is one half."""
         if self.take("{"):
             tree = self.braced()
             return tree

@@ -25,6 +25,9 @@ _CUE = re.compile(
 _REVISED = re.compile(
     r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I
 )
+_CONCLUDED = re.compile(r"\b(?:final|finally|therefore|thus|hence|conclude|altogether|in total|so)\b", re.I)
+_HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|another|also|might|could)\b", re.I)
+_BARE_BOX = re.compile(r"[^\s$\\{}]+")
 _JOIN = re.compile(
     r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 )
@@ -107,40 +110,44 @@ def closing(text: str, start: int) -> int:
 
 
 def _boxes(text: str) -> tuple[str, ...]:
-    """Contents of the boxes that count: from the last revision on, with neighbours on one line joined to a list."""
-    spans: list[tuple[int, int, str]] = []
-    matches = list(_BOX.finditer(text))
-    for match in matches if len(matches) <= BOXES else ():
-        if spans and match.start() < spans[-1][1]:  # a box in a box: the inner one is the answer
-            if text[spans[-1][1] - 1 : spans[-1][1]] != "}":
-                continue
-        at = match.end()
-        if text[at : at + 1] == "{":
-            end = closing(text, at)
-            if end < 0:
-                return ()  # cut off
-            content, stop = text[at + 1 : end], end + 1
-        else:
-            bare = re.compile(r"[^\s$\\{}]+").match(text, at)
-            if not bare or match.end() == match.start() + len(match.group().rstrip()):
-                continue
-            content, stop = bare.group().rstrip(".,"), bare.end()
-        if spans and match.start() < spans[-1][1]:
-            spans[-1] = (spans[-1][0], spans[-1][1], content)
-        elif content.strip():
-            spans.append((match.start(), stop, content.strip()))
+    """What the boxes commit to: neighbours on one line are one list, a revision or a conclusion drops what came before.
+
+    An intermediate result may be boxed on the way to "therefore \\boxed{...}"; "or \\boxed{...}" and a second answer may not.
+    """
     groups: list[list[str]] = []
-    end_of_last = 0
-    for start, stop, content in spans:
-        between = text[end_of_last:start]
-        if groups and _REVISED.search(between):
+    end, answered = 0, False
+    for start, stop, content in _box_spans(text):
+        between, end = text[end:start], stop
+        concluded = _CONCLUDED.search(between) and not _HEDGED.search(between) and not answered
+        if groups and (_REVISED.search(between) or concluded):
             groups = [[content]]
         elif groups and "\n" not in between and len(between) < 60 and _JOIN.fullmatch(between):
             groups[-1].append(content)
         else:
             groups.append([content])
-        end_of_last = stop
+        answered = "answer" in between[-60:].lower()
     return tuple(", ".join(dict.fromkeys(group)) for group in groups)
+
+
+def _box_spans(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and content of each box that is not empty, of nested ones the innermost; [] when one is cut off."""
+    spans: list[tuple[int, int, str]] = []
+    matches = list(_BOX.finditer(text))
+    for match in matches if len(matches) <= BOXES else ():
+        at = match.end()
+        if text[at : at + 1] == "{":
+            end = closing(text, at)
+            if end < 0:
+                return []
+            content, stop = text[at + 1 : end].strip(), end + 1
+        else:
+            bare = _BARE_BOX.match(text, at)
+            content, stop = (bare.group().rstrip(".,"), bare.end()) if bare else ("", at)
+        if spans and match.start() < spans[-1][1]:
+            spans[-1] = (*spans[-1][:2], content)
+        elif content:
+            spans.append((match.start(), stop, content))
+    return spans
 
 
 def _hashes(text: str) -> str | None:

@@ -745,6 +745,27 @@ def test_an_explicit_revision_replaces_the_box_before_it():
     assert not judge("8", r"It is \boxed{8}. Wait, I made a mistake. It is \boxed{7}.").correct
 
 
+def test_a_conclusion_replaces_a_boxed_intermediate_result():
+    assert judge("7", "First we get \\boxed{12} apples.\n\nTherefore he keeps \\boxed{7}.").correct
+    assert not judge("12", "First we get \\boxed{12} apples.\n\nTherefore he keeps \\boxed{7}.").correct
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        r"The answer is \boxed{12}. Therefore the answer is \boxed{7}.",
+        r"It is \boxed{12}, or therefore \boxed{7}.",
+        "\\boxed{12}\n\\boxed{7}",
+        r"\boxed{12} \boxed{7}",
+        r"Maybe \boxed{12}. Maybe \boxed{7}.",
+        r"Either \boxed{7} or \boxed{12}",
+    ],
+)
+def test_two_boxed_answers_are_a_contradiction(response):
+    assert not judge("7", response).correct
+    assert not judge("12", response).correct
+
+
 HOSTILE = [
     "10^{10^{10}}", "10^{10^{10^{10}}}", "9^{9^{9^{9}}}",
     "9" * 1990,
