@@ -70,7 +70,8 @@ async def table(judged: Sequence[Judged], pool: Pool, k: int) -> Table:
         "tasks": len(usable),
         "not_judged": len(judged) - len(usable),
         "ci": {name: _pair(each) for name, each in intervals.items()},
-        "tokens": {name: greedy_tokens if name == "greedy" else k * path_tokens for name in values},
+        "tokens": {"greedy": greedy_tokens, "mean_at_k": path_tokens}
+        | {name: k * path_tokens for name in ("pass_at_k", "maj_at_k", "marginal_at_k")},
     }
 
 

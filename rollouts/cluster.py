@@ -52,8 +52,9 @@ def cluster(address: str) -> Iterator[None]:
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about CUDA_VISIBLE_DEVICES
+    os.environ.setdefault("RAY_worker_niceness", "0")  # engines are no background work: the learner waits for them
     if address == "local":
-        ray.init(include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
     else:
         _require_answer(address)
         ray.init(address=address, **options)

@@ -44,6 +44,9 @@ async def roll_out(
         verdicts = await pool.verify(task, [path.text for path in paths])
         return Group(task, tuple(Rollout(task, p, v) for p, v in zip(paths, verdicts, strict=True)))
 
-    async with asyncio.TaskGroup() as group:  # the first failure cancels the rest and rises
-        running = [group.create_task(one(task)) for task in tasks]
+    try:
+        async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
+            running = [group.create_task(one(task)) for task in tasks]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return [task.result() for task in running]

@@ -35,6 +35,9 @@ class VLLMEngine:
                 max_num_seqs=placement.max_num_seqs,
                 kv_cache_memory_bytes=int(placement.kv_cache_gib * 2**30) if on_cpu else None,
                 enforce_eager=on_cpu,
+                # A prompt cut into chunks makes vLLM rewind the request's generator, which the CPU's cannot: it dies.
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(8192, placement.max_model_len) if on_cpu else None,
                 # vLLM 0.32's CPU rotary op is wrong for the 3-D tensors of MLA (log-probabilities off by 2.5 nats).
                 compilation_config={"custom_ops": ["all", "-rotary_embedding"]} if on_cpu else {},
                 logprobs_mode="processed_logprobs",  # of the law that is sampled from: what importance ratios need
