@@ -3,13 +3,15 @@
 The package's tests are programs that assert on a candidate, and so would have to run next to it. Here each is run once
 on the canonical solution, in the sandbox, and every call that it makes is recorded with its output. Limit: where a test
 accepts several outputs (problem 32, a root to 1e-4), only the canonical one counts, up to the tolerance of `code`.
-Knows nothing of judging; `code` does that.
+`mutants` makes wrong programs of right ones, to try a judge on. Knows nothing of judging; `code` does that.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from verifiers import jail
@@ -56,3 +58,40 @@ def _task(problem: dict[str, str], sandbox: Sandbox) -> Task:
 def _tests(calls: list[list[str]]) -> list[dict[str, Any]]:
     read = [[jail.decode(json.loads(text)) for text in call] for call in calls]
     return [{"args": args, "kwargs": kwargs, "expected": expected} for (args, kwargs), expected in read]
+
+
+def mutants(program: str, entry_point: str, most: int = 40) -> Iterator[str]:
+    """The program with one change in the function under test; the prompt's own helpers are left as they are."""
+    for place in range(most):
+        tree = ast.parse(program)
+        function = next(node for node in tree.body if getattr(node, "name", "") == entry_point)
+        _OneChange(place).generic_visit(function)
+        mutant = ast.unparse(ast.fix_missing_locations(tree))
+        if mutant != ast.unparse(ast.parse(program)):
+            yield mutant
+
+
+class _OneChange(ast.NodeTransformer):
+    """Changes the n-th comparison, operator, integer or returned value."""
+
+    SWAPS = {
+        ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.LtE: ast.Gt, ast.GtE: ast.Lt, ast.NotEq: ast.Eq,
+        ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Mod: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+    }  # fmt: skip
+
+    def __init__(self, place: int) -> None:
+        self.left = place
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.Return):
+            self.generic_visit(node)
+            return self._change(node, ast.Return(ast.Constant(None)))
+        if type(node) in self.SWAPS:
+            return self._change(node, self.SWAPS[type(node)]())
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return self._change(node, ast.Constant(node.value + 1))
+        return self.generic_visit(node)
+
+    def _change(self, node: ast.AST, new: ast.AST) -> ast.AST:
+        self.left -= 1
+        return new if self.left == -1 else node

@@ -1,6 +1,5 @@
 """Honest programs are accepted, wrong ones refused, and references that cannot be read are named."""
 
-import ast
 import json
 
 import pytest
@@ -226,41 +225,6 @@ def test_sandbox_that_was_killed_starts_again():
         assert sandbox.script("print(1)", stdin="", seconds=2.0).stdout == "1\n"
 
 
-class OneChange(ast.NodeTransformer):
-    """Changes the n-th comparison, operator or constant."""
-
-    SWAPS = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.LtE: ast.Gt, ast.GtE: ast.Lt, ast.NotEq: ast.Eq,
-             ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Mod: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}  # fmt: skip
-
-    def __init__(self, place):
-        self.left = place
-
-    def visit(self, node):
-        if isinstance(node, ast.Return):
-            self.generic_visit(node)
-            return self._change(node, ast.Return(ast.Constant(None)))
-        if type(node) in self.SWAPS:
-            return self._change(node, self.SWAPS[type(node)]())
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return self._change(node, ast.Constant(node.value + 1))
-        return self.generic_visit(node)
-
-    def _change(self, node, new):
-        self.left -= 1
-        return new if self.left == -1 else node
-
-
-def mutants(source, entry_point):
-    """The program with one change in the function under test; a prompt's own helpers are left as they are."""
-    for place in range(40):
-        tree = ast.parse(source)
-        function = next(node for node in tree.body if getattr(node, "name", "") == entry_point)
-        OneChange(place).generic_visit(function)
-        mutant = ast.unparse(ast.fix_missing_locations(tree))
-        if mutant != ast.unparse(ast.parse(source)):
-            yield mutant
-
-
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_humaneval_solutions_are_accepted_and_a_mutation_of_each_is_refused(every):
     """The mutation is the first that HumanEval's own test refuses; both run in the sandbox."""
@@ -271,7 +235,7 @@ def test_humaneval_solutions_are_accepted_and_a_mutation_of_each_is_refused(ever
         for task in tasks[::every]:
             solution, entry_point = task.meta["solution"], task.reference["entry_point"]
             assert judge.verify(task, solution).correct is True, task.id
-            for mutant in mutants(solution, entry_point):
+            for mutant in humaneval.mutants(solution, entry_point):
                 own = sandbox.script(f"{mutant}\n{task.meta['test']}\ncheck({entry_point})", stdin="", seconds=1.0)
                 if own.error:
                     assert judge.verify(task, mutant).correct is False, f"{task.id}\n{mutant}"

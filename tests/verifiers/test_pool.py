@@ -15,6 +15,8 @@ import pytest
 
 from verifiers import Pool, Task, Verdict, get, verifier, verify_many, verify_many_async
 
+SLACK_S = 0.8  # on a machine that is busy with other tests; `make bench-verifiers` measures it on a quiet one
+
 
 @verifier("moody")
 def moody(task, response, *, mood="fair"):
@@ -62,7 +64,7 @@ def test_response_that_hangs_fails_at_its_deadline(pool):
         start = time.monotonic()
         (said,) = ask(pool, response, timeout=0.3)
         assert said.status == "failed" and said.score is None and "deadline" in said.why
-        assert 0.29 < said.seconds and time.monotonic() - start < 0.55
+        assert 0.29 < said.seconds and time.monotonic() - start < 0.3 + SLACK_S
 
 
 def test_failures_of_a_judge_are_failed_verdicts_not_zeros(pool):
@@ -103,7 +105,7 @@ def test_hanging_responses_delay_nobody_else(pool):
         assert time.monotonic() - start < 0.8
         start = time.monotonic()
         assert all(f.result()[0].status == "failed" for f in hanging)
-        assert time.monotonic() - start < 1.25
+        assert time.monotonic() - start < 1.0 + SLACK_S
 
 
 def test_event_loop_is_not_held_up(pool):
@@ -269,7 +271,7 @@ def test_ray_actor_with_many_calls_at_once_gets_each_verdict_in_time():
         ray.get(judge.verdict.remote("print(1)", 10.0))
         answers = ray.get([judge.verdict.remote("while True: pass" if i % 2 else "print(1)", 1.0) for i in range(16)])
         for i, (status, correct, seconds) in enumerate(answers):
-            assert seconds < 1.25
+            assert seconds < 1.0 + SLACK_S
             assert (status, correct) == (("failed", None) if i % 2 else ("scored", True))
     finally:
         ray.shutdown()
