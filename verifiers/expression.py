@@ -89,7 +89,8 @@ _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ", "₀₁₂�
 _RAISE = str.maketrans(_RAISED, "0123456789+-()nx")
 _LOWER = str.maketrans(_LOWERED, "0123456789+-")
 
-_THIN = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\}|,\\!|,\s*\\!)(?=\d{3}(?!\d))")
+_THIN = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))")
+_PRIME = re.compile(r"\^\s*\{?\s*(\\prime\s*|')+\}?")
 _SKIP = re.compile(
     r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|"
     r"(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
@@ -107,7 +108,7 @@ _UNIT_FRACTION = re.compile(
 _TEXT = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|"
     r"mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
-    r"hat|bar|tilde|color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{([^{}]*)\}"
+    r"color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{([^{}]*)\}"
 )
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?)|\\(?P<cmd>[A-Za-z]+)|"
@@ -143,6 +144,7 @@ def normalise(text: str) -> str:
     if "\\" in text or "~" in text or "{,}" in text:
         text = _THIN.sub("", text)
         text = _SKIP.sub(" ", text)
+        text = _PRIME.sub("'", text) if "prime" in text else text
         text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text) if "frac" in text else text
         text = _MICRO.sub(r"\\text{mu\1}", _OHM.sub(r"\\text{ohm}", text))
     if "circ" in text or "°" in text:
@@ -777,8 +779,8 @@ class _Reader:
         ):
             self.at += 1
             return ("sym", f"{name} {self.tokens[self.at - 1].text}")
-        if name in ("overline", "widehat", "overrightarrow"):
-            return ("sym", "overline " + repr(self.argument()))
+        if name in ("overline", "widehat", "overrightarrow", "hat", "bar", "tilde", "dot", "ddot"):
+            return ("sym", f"{name} {self.argument()!r}")
         raise Unreadable(f"\\{name} is not read")
 
     def blackboard(self) -> Tree:

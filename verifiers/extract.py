@@ -112,7 +112,7 @@ def closing(text: str, start: int) -> int:
 def _boxes(text: str) -> tuple[str, ...]:
     """What the boxes commit to: neighbours on one line are one list, a revision or a conclusion drops what came before.
 
-    An intermediate result may be boxed on the way to "therefore \\boxed{...}"; "or \\boxed{...}" and a second answer may not.
+    An intermediate result may be boxed on the way to a "therefore"; an alternative or a second answer may not.
     """
     groups: list[list[str]] = []
     end, answered = 0, False

@@ -474,7 +474,7 @@ def _golds(task: Task) -> tuple[Reading, ...]:
 @lru_cache(maxsize=8192)
 def _forms(text: str) -> tuple[Reading, ...]:
     """One reference as its alternative forms: boxes that agree are forms of one answer, others are its parts."""
-    if "boxed" not in text and "<answer>" not in text:
+    if not any(marker in text for marker in ("boxed", "<answer>", "####")):
         return (read(text),)
     found = final(text)
     if found is None:

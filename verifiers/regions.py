@@ -155,8 +155,20 @@ def _relation(tree: Tree) -> list[Piece]:
     (name,) = names
     pieces = EVERYTHING
     for op, left, right in zip(ops, parts, parts[1:], strict=False):
-        pieces = meet(pieces, _linear(op, left, right, name))
+        pieces = meet(pieces, _solved(op, left, right, name))
     return pieces
+
+
+def _solved(op: str, left: Tree, right: Tree, name: str) -> list[Piece]:
+    """Solutions of one relation; `|a| < b` is `a < b` and `-a < b`, `|a| > b` is one of them."""
+    if right[:2] == ("fn", "abs"):
+        left, right, op = right, left, op.translate(str.maketrans("<>", "><"))
+    if left[:2] != ("fn", "abs"):
+        return _linear(op, left, right, name)
+    sides = [_linear(op, inner, right, name) for inner in (left[2], ("neg", left[2]))]
+    if op[0] == "=":
+        raise NoRegion("an absolute value without a direction")
+    return meet(*sides) if op[0] in "<!" else union(*sides)
 
 
 def _linear(op: str, left: Tree, right: Tree, name: str) -> list[Piece]:

@@ -39,6 +39,8 @@ def settle(tree: Tree, same: Same) -> Tree:
         return _settled_list(tree, same)
     if kind == "unit":
         return _settled_unit(tree)
+    if kind == "add" and len(tree) == 3 and tree[1][0] in ("reals", "interval", "union") and tree[2][0] == "neg":
+        return ("minus", tree[1], tree[2][1])  # R - {0}
     if kind == "set" and len(tree) == 2 and tree[1][0] == "rel":
         return settle(tree[1], same)
     if kind in ("add", "neg", "mul", "pm", "div") and _has_sign(tree):

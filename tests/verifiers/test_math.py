@@ -23,6 +23,18 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+\hat{x} || x
+\bar{x} || x
+10\text{ apples and }5\text{ oranges} || 10\text{ apples and }6\text{ oranges}
+6:00 \text{ p.m.} || 6:00 a.m.
+\frac{1}{2} m v^2 || mv^2
+h'(x) || h(x)
+\mathbb{R}-\{0\} || \mathbb{R}
+(1,3)\cup(3,5) || (1,5)
+\{x\mid x\neq 0\} || x=0
+|x|<1 || |x|>1
+|x|<1 || |x|\le 1
+|x-2|<3 || (-2,5)
 \frac{1}{3}\pi h || \frac{1}{3}\pi
 5 m || 5 s
 \begin{cases} x=1 \\ y=2 \end{cases} || x=2,y=1
@@ -211,6 +223,65 @@ x+10^{-60} || x
 """)
 
 SAME = table(r"""
+11,\! 111,\! 111,\! 100 || 11111111100
+15\mbox{ cm}^2 || 15 cm^2
+137 \frac{1}{2} || 137.5
+042 || 42
+h^{\prime}(x) || h'(x)
+\hat{x} || \hat x
+-\infty<x<\infty || \mathbb{R}
+6:00 \text{ p.m.} || 6:00 PM
+(A) and (C) || A, C
+\text{(A), (C)} || (A) and (C)
+\frac{1}{2} m v^2 || \frac{mv^2}{2}
+m g \sin\theta || mg\sin(\theta)
+4.5e33 || 4.5 \times 10^{33}
+5.2\times 10^{3} \mathrm{~m/s} || 5200 m/s
+\frac{3 \pm \sqrt{3}}{3} || 1\pm\frac{\sqrt3}{3}
+\frac{4}{3}\pi r^{3} || \frac{4\pi r^3}{3}
+\left(-\infty,-\frac12\right)\cup\left(3,\infty\right) || x<-1/2 or x>3
+2\sin\theta\cos\theta || \sin 2\theta
+\left(\frac{3}{2},-13\right) || (1.5,-13)
+1.\overline{6} || \frac{5}{3}
+12.\overline{3} || 37/3
+e^{-t/RC} || e^{-\frac{t}{RC}}
+\frac{-1\pm\sqrt{5}}{2} || \frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}
+x^2+y^2=1 || y^2+x^2=1
+\text{Ravi} || Ravi
+10\text{ apples and }5\text{ oranges} || 10\text{ apples and }5\text{ oranges}
+\frac{\sqrt[3]{4}}{2} || 2^{-1/3}
+\text{all real } x || \text{all real }x
+2+\sqrt{3} || \frac{1}{2-\sqrt3}
+(x+1)(x-1)(x^2+1) || x^4-1
+\frac{1}{2}\ln 2 || \ln\sqrt2
+0.1\overline{6} || \frac16
+5\cdot 10^{-1} || 0.5
+\left|-3\right| || 3
+\log_{10}(2) || \log 2
+3!\cdot 2 || 12
+\tfrac{1}{2} || 0.5
+n^{2}-n || n(n-1)
+p^2q || qp^2
+\{x\mid x\neq 0\} || x\ne0
+(-\infty,0)\cup(0,\infty) || \mathbb{R}\setminus\{0\}
+\mathbb{R}-\{0\} || (-\infty,0)\cup(0,\infty)
+(1,3)\cup(3,5) || (1,5)\setminus\{3\}
+[0,\infty) || \{x\in\mathbb{R}: x\ge0\}
+5 || 5\text{ (approximately)}
+-1\le x\le1 || |x|\le 1
+1000 || 10^3
+\sqrt{3}/3 || 1/\sqrt{3}
+3x+2y=6 || y=-\frac32x+3
+$3x + 2y = 6$ || 6 = 3x+2y
+x=-1 || -1 = x
+\text{Jupiter} || Jupiter.
+2.0 \times 10^{2} || 200
+\frac{22}{7} || 3\frac{1}{7}
+45^{\circ} || \frac{\pi}{4}
+9 \frac{3}{4} \text{ inches} || 9.75 in
+|x|>1 || (-\infty,-1)\cup(1,\infty)
+|x-2|<3 || (-1,5)
+3>|x-2| || (-1,5)
 \frac{1}{3}\pi h || \frac{\pi h}{3}
 \frac{1}{2} h || \frac{h}{2}
 \frac{h}{2} || \frac{1}{2} h
@@ -962,6 +1033,7 @@ def test_a_reference_that_cannot_be_read_fails_by_task_id(reference):
         ["seven", "7"],
         ("7",),
         r"x = \boxed{7}",
+        "3 + 4 = 7\n#### 7",
     ],
 )
 def test_a_reference_may_be_bare_boxed_or_in_several_forms(reference):
