@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,10 @@ def export(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes model and tokenizer to `folder`, replacing what is there; a failure leaves the old, never a half."""
+    """Writes model and tokenizer to `folder`, replacing what is there; a failure leaves the old, never a half.
+
+    A process killed between the last two renames leaves the old checkpoint beside it, as `.NAME-old-*`.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -111,8 +114,11 @@ def _names_in(folder: Path) -> dict[str, Path]:
     """Every tensor's name and its file, without the copies of what MTP modules share with the trunk."""
     names = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= {name: file for name in tensors.keys() if not SHARED.fullmatch(name)}
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names |= {name: file for name in tensors.keys() if not SHARED.fullmatch(name)}
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}): it is damaged or cut short, copy it again") from error
     return names
 
 

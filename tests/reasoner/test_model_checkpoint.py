@@ -49,6 +49,13 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(folder):
         load(folder)
 
 
+def test_file_cut_short_is_named(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read .*cut short"):
+        load(folder)
+
+
 def test_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         load(tmp_path)
