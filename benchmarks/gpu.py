@@ -1,9 +1,10 @@
 """Times the kernels on a GPU against ceilings and baselines measured in the same run: `python benchmarks/gpu.py`.
 
-Needs torch and transformers alone. Writes benchmarks/results/gpu.json: per figure the value, the goal, and whether it was
-reached; null for what was not measured (with the reason). Without a CUDA device it says so, writes nothing and exits 2.
-Every figure is a ratio within one run (to the copy bandwidth, the bf16 product rate, or a baseline), on random data, the median
-of CUDA events. `--quick` runs tiny sizes on any device, to see that nothing is broken; it writes nothing.
+Needs torch and transformers alone. Writes benchmarks/results/gpu.json: per figure the value, the goal, and whether it
+was reached; what could not be measured is named with the reason. Without a CUDA device it says so, writes nothing and
+exits 2. Every figure is a ratio within one run (to the copy bandwidth, the bf16 product rate, or a baseline), on random
+data, the median of CUDA events. `--quick` runs tiny sizes on any device, to see that nothing is broken; it writes
+nothing.
 """
 
 from __future__ import annotations
@@ -143,10 +144,25 @@ def head(device: str, quick: bool, limit: Ceilings) -> list[Figure]:
     gradients = hidden.numel() * 2 + weight.numel() * 2
     return [
         Figure("head_forward_over_product", flops / seconds(forward) / limit.product, 0.75),
-        Figure("head_both_over_product", 3 * flops / both / limit.product, 0.65, note="counts three products; four are done"),
-        Figure("head_over_chunked_torch", seconds(with_backward(lambda: loss(chunked_logprob), hidden, weight)) / both, 2.5),
-        Figure("head_logprob_error", (got.double() - want).abs().max().item(), 1e-4, at_most=True, note="nats, against float64"),
-        Figure("head_extra_gib", (peak_bytes(ours) - gradients) / 2**30, 0.5, at_most=True, note="beyond the two gradients"),
+        Figure(
+            "head_both_over_product",
+            3 * flops / both / limit.product,
+            0.65,
+            note="counts three products; four are done",
+        ),
+        Figure(
+            "head_over_chunked_torch", seconds(with_backward(lambda: loss(chunked_logprob), hidden, weight)) / both, 2.5
+        ),
+        Figure(
+            "head_logprob_error",
+            (got.double() - want).abs().max().item(),
+            1e-4,
+            at_most=True,
+            note="nats, against float64",
+        ),
+        Figure(
+            "head_extra_gib", (peak_bytes(ours) - gradients) / 2**30, 0.5, at_most=True, note="beyond the two gradients"
+        ),
     ]
 
 
@@ -168,7 +184,9 @@ def decode(device: str, quick: bool, limit: Ceilings) -> list[Figure]:
     one, two = (time_of(batch, tokens, heads, queries) for queries in (1, 2))
     small = (2, 64, 4) if quick else (16, 1024, 16)
     return [
-        Figure("decode_over_copy", over_copy(one, batch, tokens, heads), 0.85, note="128 sequences, 4096 tokens, 16 heads"),
+        Figure(
+            "decode_over_copy", over_copy(one, batch, tokens, heads), 0.85, note="128 sequences, 4096 tokens, 16 heads"
+        ),
         Figure("decode_two_queries_over_one", two / one, 1.05, at_most=True),
         Figure("decode_small_over_copy", over_copy(time_of(*small, 1), *small), 0.5, note="16 sequences, 1024 tokens"),
     ]
@@ -206,7 +224,9 @@ def experts(device: str, quick: bool, limit: Ceilings) -> list[Figure]:
     return [
         Figure("experts_over_grouped_mm", torch_way / ours, 1.3, note="width 2048, experts of 768"),
         Figure("experts_small_over_grouped_mm", torch_small / ours_small, 2.0, note="width 576, experts of 128"),
-        Figure("experts_over_product", flops / ours / limit.product, 0.5, note="width 2048; recomputation is not counted"),
+        Figure(
+            "experts_over_product", flops / ours / limit.product, 0.5, note="width 2048; recomputation is not counted"
+        ),
     ]
 
 
@@ -232,9 +252,9 @@ def models(device: str, quick: bool):
     from reasoner.model import ReasonerConfig, ReasonerForCausalLM
 
     sizes = dict(
-        hidden_size=1024, intermediate_size=4096, moe_intermediate_size=256, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=16, kv_lora_rank=512, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128,
-        max_position_embeddings=4096,
+        hidden_size=1024, intermediate_size=4096, moe_intermediate_size=256, num_hidden_layers=12,
+        num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=512, qk_nope_head_dim=64, qk_rope_head_dim=64,
+        v_head_dim=128, max_position_embeddings=4096,
     )  # fmt: skip
     config = ReasonerConfig.small(vocab_size=256) if quick else ReasonerConfig.small(vocab_size=49152, **sizes)
     ours = ReasonerForCausalLM(config).to(device, torch.bfloat16)
@@ -265,7 +285,12 @@ def training(device: str, quick: bool, _: Ceilings) -> list[Figure]:
     note = f"losses {ours_loss:.4f} and {their_loss:.4f}"
     return [
         Figure("training_over_transformers", seconds(their_step, 5) / seconds(our_step, 5), 2.0, note=note),
-        Figure("training_memory_over_transformers", peak_bytes(our_step) / max(1, peak_bytes(their_step)), 0.5, at_most=True),
+        Figure(
+            "training_memory_over_transformers",
+            peak_bytes(our_step) / max(1, peak_bytes(their_step)),
+            0.5,
+            at_most=True,
+        ),
     ]
 
 
@@ -314,7 +339,8 @@ def main() -> int:
         limit, figures, missing = measure(device, quick)
     for figure in figures:
         mark = {True: "reached", False: "below the goal", None: "not measured"}[figure.reached]
-        print(f"{figure.name:36} {figure.value:10.4g}  goal {'<=' if figure.at_most else '>='} {figure.goal:<6g} {mark}  {figure.note}")
+        side = "<=" if figure.at_most else ">="
+        print(f"{figure.name:36} {figure.value:10.4g}  goal {side} {figure.goal:<6g} {mark}  {figure.note}")
     for part, why in missing.items():
         print(f"{part}: not measured: {why}")
     if not quick:

@@ -1,7 +1,8 @@
 """Compiles one `.cu` file at its first use: nvcc for a GPU, g++ against `csrc/emulator.h` for tests on a CPU.
 
-The result lies in the user's cache folder under the hash of everything it was made from, so it is made once per machine and
-never stale. Knows nothing of torch or of what the kernels compute. Neighbour: `dispatch` loads and calls what is built here.
+The result lies in the user's cache folder under the hash of everything it was made from, so it is made once per machine
+and never stale. Knows nothing of torch or of what the kernels compute. Neighbour: `dispatch` loads and calls what is
+built here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SOURCES = Path(__file__).parent / "csrc"
 EMULATOR = "emulator"  # the target that is no GPU architecture
 
 GPU_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v", "-diag-suppress", "177")
-# Without -fno-gnu-unique two loaded libraries would share one emulator; contraction off keeps results equal on every CPU.
+# Without -fno-gnu-unique loaded libraries would share one emulator; without contraction results are equal on every CPU.
 EMULATOR_FLAGS = ("-x", "c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-w")
 
 
@@ -49,13 +50,16 @@ def command(target: str) -> list[str]:
 
 
 def compile(source: Path, target: str, folder: Path | None = None) -> Path:
-    """The shared library of `source` for `target` ("emulator" or e.g. "sm_90a"); beside it, `.log` keeps what the compiler said.
+    """The shared library of `source` for `target` ("emulator" or e.g. "sm_90a").
 
-    Raises NoCompiler, or RuntimeError with the compiler's words.
+    Beside it, `.log` keeps what the compiler said. Raises NoCompiler, or RuntimeError with the compiler's words.
     """
     folder = folder or cache_folder()
     line = command(target)
-    parts = [*line, *(path.read_text() for path in (source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))))]
+    parts = [
+        *line,
+        *(path.read_text() for path in (source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h")))),
+    ]
     library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
     if library.exists():
         return library

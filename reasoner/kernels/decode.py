@@ -1,6 +1,7 @@
 """MLA decode: attention of a few new queries over the paged latent cache, in the absorbed form.
 
-Kernel in `csrc/decode.cu`. Knows nothing of how queries are absorbed or who owns the pages; `norm.write_latent` fills them.
+Kernel in `csrc/decode.cu`. Knows nothing of how queries are absorbed or who owns the pages; `norm.write_latent` fills
+them.
 Shapes: B sequences, S queries of each (1-4), N heads, D = R + P a cached row, R latent numbers.
 """
 
@@ -14,19 +15,24 @@ from . import dispatch, reference
 MULTIPROCESSORS = 132  # of a Hopper GPU: what the splits are to fill
 
 
-def latent_decode(q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Tensor:
+def latent_decode(
+    q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> Tensor:
     """softmax(scale * q . rows) @ rows[:, :latent] over each sequence's cached rows: (B, S, N, latent).
 
-    cache: (pages, page, D). table_BX: int32, the pages of each sequence in order. lengths_B: int32, cached tokens with the new
-    ones, already written: query s sees those before lengths - S + s + 1. A sequence of length 0 gives zeros. No gradient.
+    cache: (pages, page, D). table_BX: int32, the pages of each sequence in order. lengths_B: int32, cached tokens with
+    the new ones, already written: query s sees those before lengths - S + s + 1. A sequence of length 0 gives zeros.
+    For decoding: no gradient.
     """
     if q_BSND.shape[-1] != cache.shape[-1] or not latent <= cache.shape[-1]:
-        raise ValueError(f"queries {tuple(q_BSND.shape)}, cache {tuple(cache.shape)}, latent {latent}: rows must be equally wide")
+        raise ValueError(
+            f"queries {tuple(q_BSND.shape)}, cache {tuple(cache.shape)}, latent {latent}: rows must be equally wide"
+        )
     return _decode(q_BSND, cache, table_BX, lengths_B, latent, float(scale))
 
 
 def splits_for(batch: int, tokens: int, tile: int = 64) -> int:
-    """The fewest splits of the tokens that keep nine in ten multiprocessors busy (one block fills one), else the best."""
+    """The fewest splits of the tokens that keep nine in ten multiprocessors busy (a block fills one), else the best."""
     most = max(1, min(64, -(-tokens // tile)))
 
     def busy(splits: int) -> float:
@@ -57,8 +63,8 @@ def _run(q_BSND, cache, table_BX, lengths_B, latent, scale):
     partial_lse = q_BSND.new_empty(splits, rows, dtype=torch.float32) if splits > 1 else None
     dispatch.call(
         library, "decode_attend", q_BSND, dispatch.packed(q_BSND), cache, dispatch.packed(table_BX.int()),
-        dispatch.packed(lengths_B.int()), out, partial, partial_lse, batch, queries, heads, width, latent, cache.shape[1],
-        table_BX.shape[1], splits, scale,
+        dispatch.packed(lengths_B.int()), out, partial, partial_lse, batch, queries, heads, width, latent,
+        cache.shape[1], table_BX.shape[1], splits, scale,
     )  # fmt: skip
     return out
 

@@ -1,7 +1,8 @@
 """Decides, call by call, whether an op runs its kernel or its reference, and makes the call.
 
 Modes: "auto" (kernels on a GPU, the reference elsewhere or where a kernel does not fit), "reference" (never a kernel),
-"require" (a GPU tensor without its kernel is an error), "emulate" (kernels on CPU tensors too, in the emulator: for tests).
+"require" (a GPU tensor without its kernel is an error), "emulate" (kernels on CPU tensors too, in the emulator: for
+tests).
 Knows no op. Neighbours: the op files ask `library` and run the kernel with `call`; `build` compiles.
 """
 
@@ -12,7 +13,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -68,7 +68,7 @@ def target_of(x: torch.Tensor) -> str | None:
 def library(source: str, x: torch.Tensor, *misfits: str | None) -> ctypes.CDLL | None:
     """The compiled `csrc/{source}.cu` for the device of `x`, or None for the reference.
 
-    `misfits`: one line for each thing the kernel does not support, None where it does. Under "require" (and "emulate") a
+    `misfits`: one line for each thing the kernel does not support, None where it does. Under "require" and "emulate" a
     misfit or a missing compiler raises; under "auto" it is logged once.
     """
     target = target_of(x)
@@ -139,8 +139,10 @@ def _argument(value: torch.Tensor | Strided | int | float | None) -> ctypes._Sim
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value)
 
 
-def call(library: ctypes.CDLL, name: str, x: torch.Tensor, *arguments: torch.Tensor | Strided | int | float | None) -> None:
-    """Run `name` of `library` on the current stream of the device of `x`. Raises RuntimeError with the device's words."""
+def call(
+    library: ctypes.CDLL, name: str, x: torch.Tensor, *arguments: torch.Tensor | Strided | int | float | None
+) -> None:
+    """Run `name` of `library` on the current stream of the device of `x`. Raises RuntimeError in the device's words."""
     function = getattr(library, name)
     converted = [_argument(a) for a in arguments]
     if x.is_cuda:

@@ -14,18 +14,22 @@ from .router import sort_by_expert
 
 
 def moe_experts(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Sum over the chosen experts e of weight * down[e] @ (silu(gate[e] @ x) * (up[e] @ x)): (T, H), in the type of `x`.
+    """Sum over the chosen experts e of weight * down[e] @ (silu(gate[e] @ x) * (up[e] @ x)): (T, H), the type of `x`.
 
-    weights_TK: float32. experts_TK: int64 ids in [0, E). gate_up: (E, 2 I, H), gate first. down: (E, H, I). Differentiable in
-    all but the ids. Where the kernel runs, the backward computes gate and up again instead of keeping them.
+    weights_TK: float32. experts_TK: int64 ids in [0, E). gate_up: (E, 2 I, H), gate first. down: (E, H, I).
+    Differentiable in all but the ids. Where the kernel runs, the backward computes gate and up again instead of keeping
+    them.
     """
     experts, hidden, inner = down.shape
     if gate_up.shape != (experts, 2 * inner, hidden) or x_TH.shape[1] != hidden or weights_TK.shape != experts_TK.shape:
         raise ValueError(
-            f"x {tuple(x_TH.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}: give (T, H), (E, 2 I, H), (E, H, I)"
+            f"x {tuple(x_TH.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}: "
+            "give (T, H), (E, 2 I, H), (E, H, I)"
         )
     order_A, _, ends_E = sort_by_expert(experts_TK, experts)
-    if _library(x_TH, weights_TK, gate_up, down) is None:  # autograd's own backward keeps what the op would compute again
+    if (
+        _library(x_TH, weights_TK, gate_up, down) is None
+    ):  # autograd's own backward keeps what the op would compute again
         return reference.moe_experts(x_TH, weights_TK, order_A, ends_E, gate_up, down)
     return _experts(x_TH, weights_TK.float(), order_A, ends_E, gate_up, down)
 
@@ -63,13 +67,18 @@ def _run_backward(x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y_TH):
         return reference.moe_experts_backward(x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y_TH)
     new = lambda *shape: x_TH.new_empty(*shape)  # noqa: E731
     assignments = tokens * chosen
-    d_pre, weighted, rows, d_x_TH = new(assignments, 2 * inner), new(assignments, inner), new(assignments, hidden), new(tokens, hidden)
+    d_pre, weighted, rows, d_x_TH = (
+        new(assignments, 2 * inner),
+        new(assignments, inner),
+        new(assignments, hidden),
+        new(tokens, hidden),
+    )
     by_weight = x_TH.new_empty(assignments, -(-inner // 64), dtype=torch.float32)
     d_gate_up, d_down = new(experts, 2 * inner, hidden), new(experts, hidden, inner)
     given = (dispatch.packed(t) for t in (x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y_TH))
     dispatch.call(
-        library, "experts_backward", x_TH, *given, d_pre, weighted, rows, d_x_TH, by_weight, d_gate_up, d_down, tokens, chosen,
-        experts, hidden, inner,
+        library, "experts_backward", x_TH, *given, d_pre, weighted, rows, d_x_TH, by_weight, d_gate_up, d_down,
+        tokens, chosen, experts, hidden, inner,
     )  # fmt: skip
     return d_x_TH, by_weight.sum(1).view(tokens, chosen), d_gate_up, d_down
 
@@ -85,9 +94,11 @@ _experts = dispatch.define(
     lambda x_TH, *_: x_TH.new_empty(x_TH.shape),
 )
 _experts_backward = dispatch.define(
-    "moe_experts_backward(Tensor x, Tensor weights, Tensor order, Tensor ends, Tensor gate_up, Tensor down, Tensor by_y) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "moe_experts_backward(Tensor x, Tensor weights, Tensor order, Tensor ends, Tensor gate_up, Tensor down, "
+    "Tensor by_y) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y: tuple(t.new_empty(t.shape) for t in (x_TH, weights_TK, gate_up, down)),
+    lambda x_TH, weights_TK, order_A, ends_E, gate_up, down, by_y: tuple(
+        t.new_empty(t.shape) for t in (x_TH, weights_TK, gate_up, down)
+    ),
 )
 dispatch.differentiate(_experts, _gradients, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -1,8 +1,9 @@
 """RL head: log-probability and entropy of given tokens over a large vocabulary, and their gradient.
 
-The vocabulary is walked in chunks: a BLAS product gives the logits of one chunk, one kernel (`csrc/head.cu`) folds them into
-four numbers per token. The gradient computes each chunk again, overwrites it by dZ, and multiplies: all logits are never
-held, and a chunk's rows of dW are finished in one go. Knows nothing of models or losses.
+The vocabulary is walked in chunks: a BLAS product gives the logits of one chunk, one kernel (`csrc/head.cu`) folds them
+into four numbers per token. The gradient computes each chunk again, overwrites it by dZ, and multiplies: all logits are
+never held, and a chunk's rows of dW are finished in one go. Knows nothing of models or losses.
+Shapes: T tokens, H hidden, V vocabulary, C entries of one chunk.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from . import dispatch, reference
 CHUNK_ELEMENTS = {"cuda": 48 << 20, "cpu": 4 << 20}
 
 
-def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprob(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of `target_T` (int64) under softmax(hidden @ weight.T / temperature), and the entropy of that
-    distribution: (T,) each, in nats, float32 (float64 for float64 input). Differentiable in hidden and weight, through both.
+    distribution: (T,) each, in nats, float32 (float64 for float64 input). Differentiable in hidden and weight, through
+    both.
 
     A negative target marks a row to leave out: 0 in both, no gradient. A target past the vocabulary gives NaN.
-    Memory beyond the gradients: one chunk of logits (192 MiB on a GPU, 16 MiB on a CPU) as long as T is below 48 Ki (4 Ki).
+    Memory beyond the gradients: one chunk of logits, 192 MiB on a GPU and 16 MiB on a CPU while T is below 48 Ki (4
+    Ki).
     """
     if hidden_TH.ndim != 2 or weight_VH.ndim != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"hidden {tuple(hidden_TH.shape)} and weight {tuple(weight_VH.shape)}: give (T, H) and (V, H)")
@@ -83,7 +88,9 @@ def _library(hidden_TH: Tensor, weight_VH: Tensor):
     )
 
 
-def _forward(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     library = _library(hidden_TH, weight_VH)
     tokens, dtype = hidden_TH.shape[0], reference.wide(hidden_TH[:0]).dtype
     state_4T = torch.zeros(4, tokens, dtype=dtype, device=hidden_TH.device)
@@ -97,7 +104,16 @@ def _forward(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature
             reference.head_statistics(z_TC, target_T, state_4T, start, temperature)
         else:
             dispatch.call(
-                library, "head_statistics", z_TC, z_TC, target_T, state_4T, tokens, z_TC.shape[1], start, 1.0 / temperature
+                library,
+                "head_statistics",
+                z_TC,
+                z_TC,
+                target_T,
+                state_4T,
+                tokens,
+                z_TC.shape[1],
+                start,
+                1.0 / temperature,
             )
     max_T, sum_T, weighted_T, picked_T = state_4T
     log_sum_T = sum_T.log()
@@ -116,7 +132,11 @@ def _backward(
     tokens = hidden_TH.shape[0]
     d_hidden_TH = torch.zeros_like(reference.wide(hidden_TH))
     d_weight_VH = torch.zeros_like(weight_VH) if not tokens else torch.empty_like(weight_VH)
-    target_T, by_logprob_T, by_entropy_T = dispatch.packed(target_T), dispatch.packed(by_logprob_T), dispatch.packed(by_entropy_T)
+    target_T, by_logprob_T, by_entropy_T = (
+        dispatch.packed(target_T),
+        dispatch.packed(by_logprob_T),
+        dispatch.packed(by_entropy_T),
+    )
     chunks = _chunks(hidden_TH, weight_VH.shape[0])
     for start in chunks if tokens else ():
         weight_CH = weight_VH[start : start + chunks.step]
@@ -162,13 +182,13 @@ def _gradients(ctx, by_logprob_T, by_entropy_T, _):
 
 
 _op = dispatch.define(
-    "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature) -> (Tensor logprob, Tensor entropy, Tensor lse)",
+    "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 _op_backward = dispatch.define(
-    "token_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor entropy, Tensor by_logprob, "
-    "Tensor by_entropy, float temperature) -> (Tensor, Tensor)",
+    "token_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor entropy, "
+    "Tensor by_logprob, Tensor by_entropy, float temperature) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

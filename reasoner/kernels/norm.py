@@ -17,22 +17,33 @@ WIDEST = 16384  # the backward keeps one row of sums in shared memory
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float = 1e-6) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in the type of `x`; differentiable in both."""
     if x.shape[-1:] != weight_H.shape:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight_H.shape)}: the last dimension must be the weight's")
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight_H.shape)}: the last dimension must be the weight's"
+        )
     return _norm(x.reshape(-1, x.shape[-1]), weight_H, eps)[0].view(x.shape)
 
 
 def write_latent(
-    kv_TD: Tensor, weight_R: Tensor, q_TNP: Tensor, cos: Tensor, sin: Tensor, slots_T: Tensor, cache: Tensor, eps: float = 1e-6
+    kv_TD: Tensor,
+    weight_R: Tensor,
+    q_TNP: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots_T: Tensor,
+    cache: Tensor,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Write [RMSNorm(latent) | rotated key] of each token into `cache` and return the rotated queries (T, N, P).
 
-    kv_TD: (T, R + P) as projected. cos, sin: (T, P / 2) float32. slots_T: int64 row of the cache seen as (rows, R + P), negative
-    to write nothing. The pairs (0, 1), (2, 3), ... are rotated and stored as firsts, then seconds. For decoding: no gradient.
+    kv_TD: (T, R + P) as projected. cos, sin: (T, P / 2) float32. slots_T: int64 row of the cache seen as (rows, R + P),
+    negative to write nothing. The pairs (0, 1), (2, 3), ... are rotated and stored as firsts, then seconds. For
+    decoding: no gradient.
     """
     latent, rotary = weight_R.shape[0], q_TNP.shape[-1]
     if kv_TD.shape[1] != latent + rotary or cache.shape[-1] != latent + rotary or rotary % 2:
         raise ValueError(
-            f"kv {tuple(kv_TD.shape)} and cache {tuple(cache.shape)}: rows must be {latent} latent + {rotary} rotary (even) wide"
+            f"kv {tuple(kv_TD.shape)} and cache {tuple(cache.shape)}: "
+            f"rows must be {latent} latent + {rotary} rotary (even) wide"
         )
     return _write(kv_TD, weight_R, q_TNP, cos, sin, slots_T, cache, eps)
 
@@ -54,7 +65,17 @@ def _run(x_TH, weight_H, eps):
     y_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     rstd_T = torch.empty(rows, dtype=torch.float32, device=x_TH.device)
     dispatch.call(
-        library, "norm_forward", x_TH, dispatch.packed(x_TH), dispatch.packed(weight_H), y_TH, rstd_T, rows, width, _is_half(x_TH), float(eps)
+        library,
+        "norm_forward",
+        x_TH,
+        dispatch.packed(x_TH),
+        dispatch.packed(weight_H),
+        y_TH,
+        rstd_T,
+        rows,
+        width,
+        _is_half(x_TH),
+        float(eps),
     )
     return y_TH, rstd_T
 
@@ -74,8 +95,8 @@ def _run_backward(x_TH, weight_H, rstd_T, by_y_TH):
     d_x_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     d_weight = torch.empty(blocks, width, dtype=torch.float32, device=x_TH.device)
     dispatch.call(
-        library, "norm_backward", x_TH, dispatch.packed(x_TH), dispatch.packed(weight_H), rstd_T, dispatch.packed(by_y_TH), d_x_TH, d_weight,
-        rows, width, blocks, _is_half(x_TH),
+        library, "norm_backward", x_TH, dispatch.packed(x_TH), dispatch.packed(weight_H), rstd_T,
+        dispatch.packed(by_y_TH), d_x_TH, d_weight, rows, width, blocks, _is_half(x_TH),
     )  # fmt: skip
     return d_x_TH, d_weight.sum(0).to(weight_H.dtype)
 
@@ -93,9 +114,9 @@ def _run_write(kv_TD, weight_R, q_TNP, cos, sin, slots_T, cache, eps):
         return reference.write_latent(kv_TD, weight_R, q_TNP, cos, sin, slots_T, cache, eps)
     turned_TNP = torch.empty(q_TNP.shape, dtype=q_TNP.dtype, device=q_TNP.device)
     dispatch.call(
-        library, "norm_write_latent", kv_TD, dispatch.packed(kv_TD), dispatch.packed(weight_R), dispatch.packed(cos), dispatch.packed(sin),
-        dispatch.packed(slots_T), cache, dispatch.Strided(q_TNP), turned_TNP, tokens, weight_R.shape[0], rotary, heads, q_TNP.stride(0),
-        q_TNP.stride(1), _is_half(kv_TD), float(eps),
+        library, "norm_write_latent", kv_TD, dispatch.packed(kv_TD), dispatch.packed(weight_R), dispatch.packed(cos),
+        dispatch.packed(sin), dispatch.packed(slots_T), cache, dispatch.Strided(q_TNP), turned_TNP, tokens,
+        weight_R.shape[0], rotary, heads, q_TNP.stride(0), q_TNP.stride(1), _is_half(kv_TD), float(eps),
     )  # fmt: skip
     return turned_TNP
 
@@ -122,7 +143,8 @@ _norm_backward = dispatch.define(
     ),
 )
 _write = dispatch.define(
-    "write_latent(Tensor kv, Tensor weight, Tensor q, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) cache, float eps) -> Tensor",
+    "write_latent(Tensor kv, Tensor weight, Tensor q, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) cache, "
+    "float eps) -> Tensor",
     _run_write,
     lambda kv_TD, weight_R, q_TNP, *_: q_TNP.new_empty(q_TNP.shape),
 )

@@ -8,8 +8,6 @@ sequence, N heads, D = R + P a cached row (R latent numbers, P rotary ones).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +17,9 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprob(
+    hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of `target_T` and entropy of the distribution, (T,) each, in nats. Holds all logits: for tests.
 
     A negative target marks a row to leave out: 0 in both, no gradient.
@@ -31,7 +31,8 @@ def token_logprob(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, temper
 
 
 def head_statistics(z_TC: Tensor, target_T: Tensor, state_4T: Tensor, start: int, temperature: float) -> None:
-    """Fold the logits of the vocabulary entries start .. start+C into `state_4T`: max m, sum of e^(x-m), sum of (x-m) e^(x-m), x[target]."""
+    """Fold the logits of the vocabulary entries start .. start+C into `state_4T`, with x = z / temperature: the max m,
+    the sum of e^(x-m), the sum of (x-m) e^(x-m), and x[target]."""
     x_TC = z_TC / temperature
     max_T, sum_T, weighted_T, picked_T = state_4T
     new_T = torch.maximum(max_T, x_TC.amax(-1))
@@ -59,14 +60,16 @@ def head_gradient(
     d_TC = p_TC.mul_(-by_logprob_T[:, None]).addcmul_(spread_TC, by_entropy_T[:, None], value=-1.0)
     column_T = target_T - start
     inside_T = (target_T >= 0) & (column_T >= 0) & (column_T < z_TC.shape[1])
-    d_TC.scatter_add_(1, column_T.clamp(0, z_TC.shape[1] - 1)[:, None], torch.where(inside_T, by_logprob_T, 0.0)[:, None])
+    d_TC.scatter_add_(
+        1, column_T.clamp(0, z_TC.shape[1] - 1)[:, None], torch.where(inside_T, by_logprob_T, 0.0)[:, None]
+    )
     return torch.where(target_T[:, None] < 0, 0.0, d_TC.div_(temperature)).to(dtype)
 
 
 def route(
     logits_TE: Tensor, bias_E: Tensor, chosen: int, groups: int, open_groups: int, normalise: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2): weights and ids (T, K), the best first, ties to the lower id."""
+    """DeepSeek-V3's router (arXiv:2412.19437, 2.1.2): weights and ids (T, K), best first, ties to the lower id."""
     scores_TE = logits_TE.sigmoid()
     rank_TE = (scores_TE.detach() + bias_E).nan_to_num(nan=-torch.inf)
     if groups > 1:
@@ -82,7 +85,9 @@ def route(
     return weights_TK * scale, experts_TK
 
 
-def route_backward(logits_TE: Tensor, experts_TK: Tensor, by_weights_TK: Tensor, normalise: bool, scale: float) -> Tensor:
+def route_backward(
+    logits_TE: Tensor, experts_TK: Tensor, by_weights_TK: Tensor, normalise: bool, scale: float
+) -> Tensor:
     s_TK = logits_TE.gather(1, experts_TK).sigmoid()
     g_TK = by_weights_TK * scale
     if normalise:
@@ -138,7 +143,9 @@ def swiglu_backward(gate_up: Tensor, by_y: Tensor) -> Tensor:
     return torch.cat((by * up * s * (1 + gate * (1 - s)), by * gate * s), dim=-1).to(gate_up.dtype)
 
 
-def latent_decode(q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float) -> Tensor:
+def latent_decode(
+    q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float
+) -> Tensor:
     """Absorbed MLA attention (DeepSeek-V2, arXiv:2405.04434) over each sequence's pages."""
     queries, tokens = q_BSND.shape[1], table_BX.shape[1] * cache.shape[1]
     rows_BLD = wide(cache[table_BX.clamp(0, cache.shape[0] - 1).long()]).flatten(1, 2)
@@ -151,7 +158,9 @@ def latent_decode(q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Te
     return torch.einsum("bsnl,bld->bsnd", p_BSNL, rows_BLD[..., :latent]).to(q_BSND.dtype)
 
 
-def moe_experts(x_TH: Tensor, weights_TK: Tensor, order_A: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_experts(
+    x_TH: Tensor, weights_TK: Tensor, order_A: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """Tokens sorted by expert, two grouped products with SwiGLU between them, and each token's weighted sum."""
     chosen = weights_TK.shape[1]
     place_A = torch.empty_like(order_A, dtype=torch.int64)

@@ -13,12 +13,19 @@ from . import dispatch, reference
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor, chosen: int, groups: int = 1, open_groups: int = 1, normalise: bool = True, scale: float = 1.0
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    chosen: int,
+    groups: int = 1,
+    open_groups: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (T, K) float32, expert ids (T, K) int64 with the best first, and the load (E,) int32 of each expert.
 
-    Sigmoid scores; score + bias chooses, within the `open_groups` groups whose two best experts sum highest; the weights are
-    the scores of the chosen, normalised to sum to `scale`. Equal ranks: the lower id. Differentiable in the logits.
+    Sigmoid scores; score + bias chooses, within the `open_groups` groups whose two best experts sum highest; the
+    weights are the scores of the chosen, normalised to sum to `scale`. Equal ranks: the lower id. Differentiable in the
+    logits.
     """
     experts = logits_TE.shape[1]
     if not 1 <= chosen <= experts // groups * open_groups or experts % groups or not 1 <= open_groups <= groups:
@@ -30,7 +37,7 @@ def route(
 
 
 def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(order (A,), place (A,), ends (E,)), int32: assignments sorted by expert, the inverse, and where each expert's end.
+    """(order (A,), place (A,), ends (E,)), int32: assignments sorted by expert, the inverse, where each expert's end.
 
     Stable. Assignment a belongs to token a // K. Ids must lie in [0, experts).
     """
@@ -53,8 +60,8 @@ def _run(logits_TE, bias_E, chosen, groups, open_groups, normalise, scale):
     weights_TK = torch.empty(tokens, chosen, dtype=torch.float32, device=logits_TE.device)
     load_E = torch.zeros(experts, dtype=torch.int32, device=logits_TE.device)
     dispatch.call(
-        library, "router_route", logits_TE, dispatch.packed(logits_TE), dispatch.packed(bias_E), experts_TK, weights_TK, load_E, tokens,
-        experts, chosen, groups, open_groups, int(normalise), scale,
+        library, "router_route", logits_TE, dispatch.packed(logits_TE), dispatch.packed(bias_E), experts_TK,
+        weights_TK, load_E, tokens, experts, chosen, groups, open_groups, int(normalise), scale,
     )  # fmt: skip
     return weights_TK, experts_TK, load_E
 
@@ -66,8 +73,8 @@ def _run_backward(logits_TE, experts_TK, by_weights_TK, normalise, scale):
         return reference.route_backward(logits_TE, experts_TK, by_weights_TK, normalise, scale)
     d_logits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     dispatch.call(
-        library, "router_gradient", logits_TE, dispatch.packed(logits_TE), experts_TK, dispatch.packed(by_weights_TK), d_logits_TE, tokens,
-        experts, chosen, int(normalise), scale,
+        library, "router_gradient", logits_TE, dispatch.packed(logits_TE), experts_TK, dispatch.packed(by_weights_TK),
+        d_logits_TE, tokens, experts, chosen, int(normalise), scale,
     )  # fmt: skip
     return d_logits_TE
 
@@ -79,7 +86,15 @@ def _run_sort(experts_TK, experts):
     order_A, place_A = (torch.empty(experts_TK.numel(), dtype=torch.int32, device=experts_TK.device) for _ in range(2))
     ends_E = torch.empty(experts, dtype=torch.int32, device=experts_TK.device)
     dispatch.call(
-        library, "router_sort", experts_TK, dispatch.packed(experts_TK), order_A, place_A, ends_E, experts_TK.numel(), experts
+        library,
+        "router_sort",
+        experts_TK,
+        dispatch.packed(experts_TK),
+        order_A,
+        place_A,
+        ends_E,
+        experts_TK.numel(),
+        experts,
     )
     return order_A, place_A, ends_E
 
@@ -110,7 +125,8 @@ def _gradients(ctx, by_weights_TK, *_):
 
 
 _route = dispatch.define(
-    "route(Tensor logits, Tensor bias, int chosen, int groups, int open_groups, bool normalise, float scale) -> (Tensor, Tensor, Tensor)",
+    "route(Tensor logits, Tensor bias, int chosen, int groups, int open_groups, bool normalise, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -1,4 +1,7 @@
-"""Draws tokens: one per row, from nothing but the row and its seed. Kernel in `csrc/sample.cu`. Shapes: T rows, V vocabulary."""
+"""Draws tokens: one per row, from nothing but the row and its seed.
+
+Kernel in `csrc/sample.cu`. Shapes: T rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from . import dispatch, reference
 
 
 def sample(logits_TV: Tensor, seeds_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """A token (T,) int64 from softmax(logits / temperature) for each row, and its log-probability (T,) float32 in nats there.
+    """A token (T,) int64 from softmax(logits / temperature) for each row, and its log-probability there, (T,) float32.
 
-    seeds_T: int64, one per draw; equal row and seed give the equal token on every device. Temperature 0 is greedy: the best
-    token (the lower id of equals) with its log-probability at temperature 1. To leave entries out, set them to -inf.
+    seeds_T: int64, one per draw; equal row and seed give the equal token on every device (but for ranks that differ in
+    the last bit). Temperature 0 is greedy: the best token (the lower id of equals) with its log-probability at
+    temperature 1. To leave entries out, set them to -inf.
     """
     if seeds_T.shape != logits_TV.shape[:1]:
         raise ValueError(f"seeds {tuple(seeds_T.shape)} for logits {tuple(logits_TV.shape)}: give one seed per row")
@@ -29,8 +33,8 @@ def _run(logits_TV, seeds_T, temperature):
     token_T = torch.empty(rows, dtype=torch.int64, device=logits_TV.device)
     logprob_T = torch.empty(rows, dtype=torch.float32, device=logits_TV.device)
     dispatch.call(
-        library, "sample_draw", logits_TV, dispatch.packed(logits_TV), dispatch.packed(seeds_T), token_T, logprob_T, rows, columns,
-        int(temperature == 0), int(logits_TV.dtype == torch.bfloat16), 1.0 / (temperature or 1.0),
+        library, "sample_draw", logits_TV, dispatch.packed(logits_TV), dispatch.packed(seeds_T), token_T, logprob_T,
+        rows, columns, int(temperature == 0), int(logits_TV.dtype == torch.bfloat16), 1.0 / (temperature or 1.0),
     )  # fmt: skip
     return token_T, logprob_T
 
@@ -38,5 +42,8 @@ def _run(logits_TV, seeds_T, temperature):
 _sample = dispatch.define(
     "sample(Tensor logits, Tensor seeds, float temperature) -> (Tensor, Tensor)",
     _run,
-    lambda logits_TV, seeds_T, _: (torch.empty_like(seeds_T), logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)),
+    lambda logits_TV, seeds_T, _: (
+        torch.empty_like(seeds_T),
+        logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32),
+    ),
 )

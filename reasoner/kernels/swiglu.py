@@ -21,7 +21,16 @@ def _run(gate_up):
     if library is None or not gate_up.numel():
         return reference.swiglu(gate_up)
     y = gate_up.new_empty(rows, width)
-    dispatch.call(library, "swiglu_forward", gate_up, dispatch.packed(gate_up), y, rows, width, int(gate_up.dtype == torch.bfloat16))
+    dispatch.call(
+        library,
+        "swiglu_forward",
+        gate_up,
+        dispatch.packed(gate_up),
+        y,
+        rows,
+        width,
+        int(gate_up.dtype == torch.bfloat16),
+    )
     return y
 
 
@@ -42,7 +51,9 @@ _swiglu = dispatch.define(
     "swiglu(Tensor gate_up) -> Tensor", _run, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 )
 _swiglu_backward = dispatch.define(
-    "swiglu_backward(Tensor gate_up, Tensor by_y) -> Tensor", _run_backward, lambda gate_up, by_y: gate_up.new_empty(gate_up.shape)
+    "swiglu_backward(Tensor gate_up, Tensor by_y) -> Tensor",
+    _run_backward,
+    lambda gate_up, by_y: gate_up.new_empty(gate_up.shape),
 )
 dispatch.differentiate(
     _swiglu,

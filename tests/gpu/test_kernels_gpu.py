@@ -28,7 +28,10 @@ def relative(got, want):
 @pytest.mark.parametrize("vocabulary", [1000, 49152, 49153])
 def test_head_is_within_a_ten_thousandth_of_float64(dtype, vocabulary):
     torch.backends.cuda.matmul.allow_tf32 = False
-    hidden, weight = normal(515, 576, dtype=dtype).requires_grad_(), (normal(vocabulary, 576) * 576**-0.5).to(dtype).requires_grad_()
+    hidden, weight = (
+        normal(515, 576, dtype=dtype).requires_grad_(),
+        (normal(vocabulary, 576) * 576**-0.5).to(dtype).requires_grad_(),
+    )
     target = torch.randint(vocabulary, (515,), device="cuda")
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     results = []
@@ -45,7 +48,10 @@ def test_head_is_within_a_ten_thousandth_of_float64(dtype, vocabulary):
 @pytest.mark.parametrize(("groups", "opened"), [(1, 1), (8, 4)])
 @pytest.mark.parametrize("experts", [32, 256])
 def test_router_chooses_as_specified(experts, groups, opened):
-    logits, bias = normal(4099, experts, dtype=torch.float32).requires_grad_(), normal(experts, dtype=torch.float32) * 0.01
+    logits, bias = (
+        normal(4099, experts, dtype=torch.float32).requires_grad_(),
+        normal(experts, dtype=torch.float32) * 0.01,
+    )
     weights, ids, load = kernels.route(logits, bias, 8, groups, opened)
     want_weights, want_ids = reference.route(logits, bias, 8, groups, opened, True, 1.0)
     same = (ids == want_ids).all(1)
@@ -61,7 +67,11 @@ def test_norm_swiglu_and_latent_write_are_as_specified():
     y = kernels.rms_norm(x, weight)
     want, rstd = reference.rms_norm(x.detach(), weight.detach(), 1e-6)
     assert relative(y, want) < 1e-3
-    pairs = zip(torch.autograd.grad(y, (x, weight), by), reference.rms_norm_backward(x.detach(), weight.detach(), rstd, by), strict=True)
+    pairs = zip(
+        torch.autograd.grad(y, (x, weight), by),
+        reference.rms_norm_backward(x.detach(), weight.detach(), rstd, by),
+        strict=True,
+    )
     assert all(relative(got, expected) < 5e-3 for got, expected in pairs)
     assert relative(kernels.swiglu(x), reference.swiglu(x.detach())) < 1e-3
     kv, q, slots = normal(33, 576), normal(33, 16, 128)[..., 64:], torch.randperm(640, device="cuda")[:33]
@@ -77,12 +87,21 @@ def test_decode_attends_as_specified(batch, queries, heads):
     lengths = torch.randint(queries, 1500, (batch,), device="cuda").int()
     cache, table = normal(batch * 24, 64, 576), torch.randperm(batch * 24, device="cuda").int().view(batch, 24)
     given = (normal(batch, queries, heads, 576), cache, table, lengths, 512, 576**-0.5)
-    assert relative(kernels.latent_decode(*given), reference.latent_decode(given[0].float(), cache.float(), *given[2:])) < 4e-3
+    assert (
+        relative(kernels.latent_decode(*given), reference.latent_decode(given[0].float(), cache.float(), *given[2:]))
+        < 4e-3
+    )
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "inner", "experts"), [(1, 576, 128, 32), (777, 576, 128, 32), (1024, 2048, 768, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "experts"), [(1, 576, 128, 32), (777, 576, 128, 32), (1024, 2048, 768, 8)]
+)
 def test_experts_are_the_layer_forward_and_backward(tokens, hidden, inner, experts):
-    x, gate_up, down = normal(tokens, hidden), normal(experts, 2 * inner, hidden) * hidden**-0.5, normal(experts, hidden, inner) * inner**-0.5
+    x, gate_up, down = (
+        normal(tokens, hidden),
+        normal(experts, 2 * inner, hidden) * hidden**-0.5,
+        normal(experts, hidden, inner) * inner**-0.5,
+    )
     ids, weights = torch.rand(tokens, experts, device="cuda").topk(4).indices, torch.rand(tokens, 4, device="cuda")
     by_y, results = normal(tokens, hidden), []
     order, _, ends = reference.sort_by_expert(ids, experts)

@@ -51,11 +51,15 @@ def test_part_that_fails_is_named_and_costs_the_others_nothing(benchmark, monkey
 def test_baselines_compute_the_same_as_the_ops(benchmark):
     torch.manual_seed(0)
     hidden, weight, target = torch.randn(9, 8), torch.randn(30, 8), torch.randint(30, (9,))
-    for got, want in zip(benchmark.chunked_logprob(hidden, weight, target, 4), kernels.token_logprob(hidden, weight, target), strict=True):
+    for got, want in zip(
+        benchmark.chunked_logprob(hidden, weight, target, 4), kernels.token_logprob(hidden, weight, target), strict=True
+    ):
         torch.testing.assert_close(got, want)
     x, gate_up, down = torch.randn(9, 16), torch.randn(4, 16, 16), torch.randn(4, 16, 8)
     ids, weights = torch.rand(9, 4).topk(2).indices, torch.rand(9, 2)
-    torch.testing.assert_close(benchmark.grouped_experts(x, weights, ids, gate_up, down), kernels.moe_experts(x, weights, ids, gate_up, down))
+    torch.testing.assert_close(
+        benchmark.grouped_experts(x, weights, ids, gate_up, down), kernels.moe_experts(x, weights, ids, gate_up, down)
+    )
 
 
 def test_figure_that_was_not_measured_is_neither_reached_nor_missed(benchmark):

@@ -59,7 +59,8 @@ def test_misaligned_vector_access_is_reported(tmp_path):
 
 
 def test_asynchronous_copy_may_be_missing_until_it_was_waited_for(tmp_path):
-    copy = "barrier(); if (thread() < 16) copy_async(tile + 4 * thread(), x + 4 * (15 - thread())); copies_commit(); {} barrier();"
+    copy = "barrier(); if (thread() < 16) copy_async(tile + 4 * thread(), x + 4 * (15 - thread())); copies_commit();"
+    copy += "{} barrier();"
     check = 'if (thread() < 16 && tile[4 * thread()] != x[4 * (15 - thread())]) emulator::fail("early");'
     for seed in range(4):
         with pytest.raises(RuntimeError, match="early"):
@@ -99,7 +100,7 @@ def test_unknown_mode_is_named():
 
 def test_misfit_is_an_error_where_the_kernel_is_required():
     x = torch.zeros(2, 8, dtype=torch.float64)
-    with using("emulate"), pytest.raises(ValueError, match="float64.*kernels=\"emulate\""):
+    with using("emulate"), pytest.raises(ValueError, match='float64.*kernels="emulate"'):
         token_logprob(x, torch.zeros(3, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
 
 

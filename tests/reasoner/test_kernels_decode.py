@@ -81,7 +81,9 @@ def test_non_finite_row_spoils_its_sequence_alone():
     assert got[0].isnan().any() and got[1].isfinite().all()
 
 
-@pytest.mark.parametrize(("batch", "tokens", "splits"), [(128, 4096, 1), (64, 4096, 2), (1, 64, 1), (1, 65, 2), (1, 1 << 20, 64)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "splits"), [(128, 4096, 1), (64, 4096, 2), (1, 64, 1), (1, 65, 2), (1, 1 << 20, 64)]
+)
 def test_splits_fill_the_device_and_no_more(batch, tokens, splits):
     assert splits_for(batch, tokens) == splits
 
@@ -92,7 +94,11 @@ def test_op_keeps_the_rules_of_torch_library():
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [(([9], 1, 1, 64, 32, 8), "latent 64"), (([9], 4, 17, 128, 32, 8), "17 heads"), (([9], 1, 1, 128, 16, 8), "rotary 16")],
+    [
+        (([9], 1, 1, 64, 32, 8), "latent 64"),
+        (([9], 4, 17, 128, 32, 8), "17 heads"),
+        (([9], 1, 1, 128, 16, 8), "rotary 16"),
+    ],
 )
 def test_size_the_kernel_does_not_take_is_named(case, words):
     with using("emulate"), pytest.raises(ValueError, match=words):

@@ -103,7 +103,8 @@ def test_non_finite_token_spoils_its_own_row_alone():
 def test_gradient_is_the_derivative():
     matrices, weights, ids = inputs(3, 4, 3, 2, 3, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x, w, g, d: moe_experts(x, w, ids, g, d), (matrices[0], weights.detach().double().requires_grad_(), *matrices[1:])
+        lambda x, w, g, d: moe_experts(x, w, ids, g, d),
+        (matrices[0], weights.detach().double().requires_grad_(), *matrices[1:]),
     )
 
 

@@ -40,7 +40,9 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_give_what_the_whole_logits_give(shape, mode):
     given = inputs(*shape)
-    want = with_gradients(reference.token_logprob, *(t.detach().double().requires_grad_() for t in given[:2]), given[2], 0.7)
+    want = with_gradients(
+        reference.token_logprob, *(t.detach().double().requires_grad_() for t in given[:2]), given[2], 0.7
+    )
     with using(mode):
         got = with_gradients(token_logprob, *given, 0.7)
     assert_close(got, want, 2e-5)

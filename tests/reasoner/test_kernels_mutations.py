@@ -12,7 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "reasoner" / "kernels" / "csrc"
 SYNCHRONISES = re.compile(r"\b(barrier\(\);|warp_barrier\(\);|copies_wait<[^>]*>\(\);)")
-TESTS = {"head": "head", "router": "router", "norm": "pointwise", "decode": "decode", "experts": "experts", "sample": "sample"}
+TESTS = {
+    "head": "head",
+    "router": "router",
+    "norm": "pointwise",
+    "decode": "decode",
+    "experts": "experts",
+    "sample": "sample",
+}
 HARMLESS = {("decode", "// the queries' of a split without tokens")}  # nothing reads what was copied
 
 

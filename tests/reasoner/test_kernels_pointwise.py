@@ -57,7 +57,15 @@ def latent_inputs(tokens, heads, latent, rotary, dtype):
     slots = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(7))[:tokens]
     slots[0] = -1
     cache = normal(3, tokens, latent + rotary, dtype=dtype, seed=8)
-    return normal(tokens, latent + rotary, dtype=dtype), normal(latent, dtype=dtype), q, angles.cos(), angles.sin(), slots, cache
+    return (
+        normal(tokens, latent + rotary, dtype=dtype),
+        normal(latent, dtype=dtype),
+        q,
+        angles.cos(),
+        angles.sin(),
+        slots,
+        cache,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -72,7 +80,9 @@ def test_latent_is_written_as_specified_and_nothing_else(shape, dtype, thread_or
             q = write_latent(*given, got, 1e-6)
         same(q, want_q, dtype)
         same(got, want, dtype)
-        untouched = torch.ones(cache.flatten(0, 1).shape[0], dtype=torch.bool).index_fill(0, given[5][given[5] >= 0], False)
+        untouched = torch.ones(cache.flatten(0, 1).shape[0], dtype=torch.bool).index_fill(
+            0, given[5][given[5] >= 0], False
+        )
         assert torch.equal(got.flatten(0, 1)[untouched], cache.flatten(0, 1)[untouched])
 
 

@@ -17,7 +17,9 @@ CASES = [  # T, E, chosen, groups, open groups
 
 def logits_and_bias(tokens, experts, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, experts, generator=generator).requires_grad_(), torch.randn(experts, generator=generator) * 0.1
+    return torch.randn(tokens, experts, generator=generator).requires_grad_(), torch.randn(
+        experts, generator=generator
+    ) * 0.1
 
 
 @pytest.mark.parametrize("normalise", [True, False])

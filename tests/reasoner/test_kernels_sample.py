@@ -1,4 +1,4 @@
-"""Drawing tokens: the kernel in the emulator against the specification, and the specification against the distribution."""
+"""Drawing tokens: the kernel in the emulator against the specification, and that against the distribution."""
 
 import math
 

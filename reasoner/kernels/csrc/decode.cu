@@ -1,14 +1,16 @@
-// MLA decode: a few queries of few heads over a paged latent cache, split over the tokens, and the combine of the splits.
+// MLA decode: a few queries of few heads over a paged latent cache, split over the tokens, and the combine of the
+// splits.
 //
 // Layout: q (batch, queries, heads, width) bf16, width = latent + rotary, absorbed: already in the space of the latent;
-//         cache (pages, page, width) bf16: keys are whole rows, values their first `latent` numbers; table (batch, table_width)
-//         int32: the pages of each sequence; lengths (batch) int32: cached tokens, the queries' own included;
-//         out (batch, queries, heads, latent) bf16; partial (splits, batch * rows, latent) and partial_lse (splits, batch * rows)
-//         float32, rows = queries * heads. Query s of S sees the tokens before length - S + s + 1.
+//         cache (pages, page, width) bf16: keys are whole rows, values their first `latent` numbers; table (batch,
+//         table_width) int32: the pages of each sequence; lengths (batch) int32: cached tokens, the queries' own
+//         included; out (batch, queries, heads, latent) bf16; partial (splits, batch * rows, latent) and partial_lse
+//         (splits, batch * rows) float32, rows = queries * heads. Query s of S sees the tokens before length - S + s +
+//         1.
 // Limits: latent 128, 256 or 512; rotary a multiple of 32; queries * heads at most 64; sm_80 or newer.
-// Source: DeepSeek-V2 (arXiv:2405.04434), absorbed form; flash-decoding splits (Dao et al. 2023). With so few rows the time is
-//         that of reading the cache, so plain mma.sync tiles suffice, and p is multiplied as two bf16 numbers (high and low
-//         part): the result is float32's, at a price that hides behind the memory.
+// Source: DeepSeek-V2 (arXiv:2405.04434), absorbed form; flash-decoding splits (Dao et al. 2023). With so few rows the
+//         time is that of reading the cache, so plain mma.sync tiles suffice, and p is multiplied as two bf16 numbers
+//         (high and low part): the result is float32's, at a price that hides behind the memory.
 // Bytes that must move: 2 * width per cached token; a tile of them is in flight while the one before is worked on.
 #include "device.cuh"
 
@@ -26,7 +28,8 @@ template <int row_tiles> struct Sizes {
 
 template <int latent, int row_tiles>
 KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const int* lengths, bf16* out, float* partial,
-                     float* partial_lse, int queries, int heads, int width, int page, int table_width, int splits, float scale) {
+                     float* partial_lse, int queries, int heads, int width, int page, int table_width, int splits,
+                     float scale) {
     using S = Sizes<row_tiles>;
     constexpr int column_tiles = latent / 8 / warps;  // of 8 columns, per warp
     static_assert(column_tiles % 2 == 0, "values are loaded two column tiles at a time");
@@ -46,12 +49,14 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
     int begin = split * share, end = begin + share < length ? begin + share : length;
     const int* pages = table + static_cast<i64>(sequence) * table_width;
 
-    auto fetch = [&](int first, bf16* tile) {  // the rows of S::tokens tokens; zeros past the end, as 0 * garbage could be NaN
+    // the rows of S::tokens tokens; zeros past the end, as 0 * garbage could be NaN
+    auto fetch = [&](int first, bf16* tile) {
         int chunks = width / 8;
         for (int i = thread(); i < S::tokens * chunks; i += block) {
             int token = first + i / chunks, column = i % chunks * 8;
             const bf16* from = nullptr;
-            if (token < end) from = cache + (static_cast<i64>(pages[token / page]) * page + token % page) * width + column;
+            if (token < end)
+                from = cache + (static_cast<i64>(pages[token / page]) * page + token % page) * width + column;
             copy_async(tile + i / chunks * stride + column, from);
         }
         copies_commit();
@@ -81,7 +86,8 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
         }
         barrier();
 
-        for (int item = warp(); item < row_tiles * (S::tokens / 8); item += warps) {  // scores, 16 rows x 8 tokens at a time
+        // scores, 16 rows x 8 tokens at a time
+        for (int item = warp(); item < row_tiles * (S::tokens / 8); item += warps) {
             int m = item % row_tiles, n = item / row_tiles;
             float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             const bf16* a_row = q_tile + (m * 16 + lane() % 16) * stride + lane() / 16 * 8;
@@ -97,7 +103,8 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
             UNROLL for (int j = 0; j < 4; ++j) {
                 int row = m * 16 + g + j / 2 * 8, token = n * 8 + 2 * t + j % 2;
                 int limit = length - queries + row / heads + 1;
-                scores[row * score_stride + token] = first + token < limit && first + token < end ? c[j] * (scale * log2e) : minus_infinity;
+                bool seen = first + token < limit && first + token < end;
+                scores[row * score_stride + token] = seen ? c[j] * (scale * log2e) : minus_infinity;
             }
         }
         barrier();
@@ -156,6 +163,7 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
     copies_wait<0>();  // the queries' of a split without tokens: a copy must not outlive its block
     barrier();
 
+    i64 all_rows = static_cast<i64>(blocks_y()) * rows;
     UNROLL for (int m = 0; m < row_tiles; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
             int row = m * 16 + g + half * 8;
@@ -168,12 +176,12 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
                 if (splits == 1) {
                     store_vector(out + at * latent + column, pack(x, y));
                 } else {
-                    float* to = partial + (static_cast<i64>(split) * (static_cast<i64>(blocks_y()) * rows) + at) * latent + column;
+                    float* to = partial + (split * all_rows + at) * latent + column;
                     to[0] = x, to[1] = y;
                 }
             }
             if (splits > 1 && warp() == 0 && t == 0)
-                partial_lse[static_cast<i64>(split) * (static_cast<i64>(blocks_y()) * rows) + at] = row_max[row] + log_of(sum) * log2e;
+                partial_lse[split * all_rows + at] = row_max[row] + log_of(sum) * log2e;
         }
 }
 
@@ -201,13 +209,14 @@ KERNEL(128) combine(const float* partial, const float* partial_lse, bf16* out, i
 
 }  // namespace
 
-extern "C" int decode_attend(const bf16* q, const bf16* cache, const int* table, const int* lengths, bf16* out, float* partial,
-                             float* partial_lse, i64 batch, i64 queries, i64 heads, i64 width, i64 latent, i64 page, i64 table_width,
-                             i64 splits, float scale, void* stream) {
+extern "C" int decode_attend(const bf16* q, const bf16* cache, const int* table, const int* lengths, bf16* out,
+                             float* partial, float* partial_lse, i64 batch, i64 queries, i64 heads, i64 width,
+                             i64 latent, i64 page, i64 table_width, i64 splits, float scale, void* stream) {
     i64 rows = queries * heads;
     auto start = [&](auto kernel, size_t bytes) {
-        return launch(kernel, {static_cast<int>(splits), static_cast<int>(batch)}, block, bytes, stream, q, cache, table, lengths, out,
-                      partial, partial_lse, queries, heads, width, page, table_width, splits, scale);
+        return launch(kernel, {static_cast<int>(splits), static_cast<int>(batch)}, block, bytes, stream, q, cache,
+                      table, lengths, out, partial, partial_lse, queries, heads, width, page, table_width, splits,
+                      scale);
     };
     int code = -1;
 #define FOR_LATENT(size)                                                              \
@@ -220,5 +229,6 @@ extern "C" int decode_attend(const bf16* q, const bf16* cache, const int* table,
     FOR_LATENT(512)
 #undef FOR_LATENT
     if (code || splits == 1) return code;
-    return launch(combine, {static_cast<int>(batch * rows)}, 128, 0, stream, partial, partial_lse, out, splits, batch * rows, latent);
+    return launch(combine, {static_cast<int>(batch * rows)}, 128, 0, stream, partial, partial_lse, out, splits,
+                  batch * rows, latent);
 }

@@ -1,7 +1,8 @@
 // The device as the kernels see it: every PTX instruction and every built-in behind a function with two bodies.
 //
 // Under nvcc the bodies are CUDA; under g++ they call emulator.h. A kernel that uses only these functions is one source
-// for both. Launchers are `extern "C" int name(..., void* stream)`; they return 0, or an error that `error_text` explains.
+// for both. Launchers are `extern "C" int name(..., void* stream)`; they return 0, or an error that `error_text`
+// explains.
 #pragma once
 #include <cstdint>
 
@@ -52,10 +53,12 @@ DEVICE int warp() { return thread() / 32; }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), Grid grid, int threads, size_t shared, void* stream, A... arguments) {
     if (shared > 48 << 10) {
-        auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared));
         if (error) return error;
     }
-    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+    dim3 blocks(grid.x, grid.y, grid.z);
+    kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
     return cudaGetLastError();
 }
 extern "C" const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
@@ -105,8 +108,8 @@ DEVICE float warp_max(float value) {
     return value;
 }
 
-// The sum over a block, given to every thread. `scratch`: 33 numbers of shared memory, free for the next sum at once and for
-// anything else after a barrier.
+// The sum over a block, given to every thread. `scratch`: 33 numbers of shared memory, free for the next sum at once
+// and for anything else after a barrier.
 template <class T> DEVICE T block_sum(T value, T* scratch) {
     value = warp_sum(value);
     if (lane() == 0) scratch[warp()] = value;
@@ -182,7 +185,8 @@ template <class V> DEVICE void store_vector(void* to, V value) {
     *static_cast<V*>(to) = value;
 }
 
-// Eight neighbours as floats, of which `count` exist; `vectors`: the address is a multiple of 16 bytes and all eight exist.
+// Eight neighbours as floats, of which `count` exist; `vectors`: the address is a multiple of 16 bytes and all eight
+// exist.
 template <class T> DEVICE void load_eight(const T* from, float (&out)[8], int count, bool vectors) {
     if (vectors && count >= 8) {
         if constexpr (sizeof(T) == 2) {
@@ -219,7 +223,8 @@ DEVICE void copy_async(void* to_shared, const void* from) {
     if (from) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
     else store_vector(to_shared, uint4{0, 0, 0, 0});
 #else
-    if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("misaligned copy");
+    if (reinterpret_cast<uintptr_t>(to_shared) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        emulator::fail("misaligned copy");
     emulator::copy_async(to_shared, from, 16);
 #endif
 }
@@ -239,8 +244,9 @@ template <int groups_left> DEVICE void copies_wait() {
 }
 
 // ---- tensor cores ------------------------------------------------------------------------------------------------
-// Four 8x8 tiles of 16-bit numbers from shared memory. Lane i gives the address of row i%8 of tile i/8 (16 bytes) and gets,
-// of every tile, two neighbours of row lane/4 at columns 2*(lane%4)...; `transposed` gives the transpose of each tile.
+// Four 8x8 tiles of 16-bit numbers from shared memory. Lane i gives the address of row i%8 of tile i/8 (16 bytes) and
+// gets, of every tile, two neighbours of row lane/4 at columns 2*(lane%4)...; `transposed` gives the transpose of each
+// tile.
 template <bool transposed> DEVICE void load_tiles(uint32_t (&out)[4], const void* row) {
 #ifdef __CUDACC__
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -267,11 +273,12 @@ template <bool transposed> DEVICE void load_tiles(uint32_t (&out)[4], const void
 }
 
 // c(16x8, float) += a(16x16, bf16, by rows) * b(16x8, bf16, by columns): mma.sync.m16n8k16 (PTX ISA, "Warp-level matrix
-// instructions"). With g = lane/4, t = lane%4: a holds (g | g+8, 2t..2t+1 | 2t+8..) as a[row half + 2*column half], b holds
-// (2t..2t+1 | +8, column g), c holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+// instructions"). With g = lane/4, t = lane%4: a holds (g | g+8, 2t..2t+1 | 2t+8..) as a[row half + 2*column half], b
+// holds (2t..2t+1 | +8, column g), c holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
@@ -287,7 +294,8 @@ DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
         for (int j = 0; j < 2; ++j) {
             float sum = 0.0f;
             for (int k = 0; k < 16; ++k)
-                sum += element(g * 4 + k % 8 / 2, row_half + 2 * (k / 8), k % 2) * element((2 * t + j) * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+                sum += element(g * 4 + k % 8 / 2, row_half + 2 * (k / 8), k % 2) *
+                       element((2 * t + j) * 4 + k % 8 / 2, 4 + k / 8, k % 2);
             c[row_half * 2 + j] += sum;
         }
 #endif

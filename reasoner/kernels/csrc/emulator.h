@@ -1,11 +1,12 @@
 // Runs a CUDA kernel on a CPU, so that the same source can be tested where there is no GPU.
 //
 // Threads of a block are fibers that switch only at barriers, warp exchanges and the end; blocks run one after another.
-// What it shows: wrong results; reads of shared memory nobody wrote (it is filled with NaN bits); missing barriers (the order
-// of threads is drawn from a seed, and warps run ahead of each other as far as barriers let them); barriers that not every
-// thread reaches (reported as a deadlock); writes past the end of shared memory; asynchronous copies that are read too early
-// or overwrite what is still in use (each lands at once or when waited for, by the seed); misaligned vector accesses.
-// What it cannot show: speed, bank conflicts, registers and spills, memory fences between blocks, real hangs.
+// What it shows: wrong results; reads of shared memory nobody wrote (it is filled with NaN bits); missing barriers (the
+// order of threads is drawn from a seed, and warps run ahead of each other as far as barriers let them); barriers that
+// not every thread reaches (reported as a deadlock); writes past the end of shared memory; asynchronous copies that are
+// read too early or overwrite what is still in use (each lands at once or when waited for, by the seed); misaligned
+// vector accesses. What it cannot show: speed, bank conflicts, registers and spills, memory fences between blocks, real
+// hangs.
 #pragma once
 #include <sys/mman.h>
 #include <cmath>
@@ -163,7 +164,8 @@ inline void land(const PendingCopy& copy) {
     copy.from ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
 }
 
-inline void copy_async(void* to, const void* from, int bytes) {  // a real one may land at any time until it is waited for
+// a real one may land at any time until it is waited for
+inline void copy_async(void* to, const void* from, int bytes) {
     PendingCopy copy{to, from, bytes, machine.current->group};
     machine.next() % 2 ? land(copy) : machine.current->copies.push_back(copy);
 }
@@ -221,7 +223,8 @@ inline bool run_block(int threads, size_t shared_bytes) {
         m.fibers[i].index = i;
         m.fibers[i].context.start(m.stacks + i * stack_bytes, entry);
     }
-    // Warps take turns of one round or of as many as they can, so that some run far ahead of others; lanes are shuffled.
+    // Warps take turns of one round or of as many as they can, so that some run far ahead of others; lanes are
+    // shuffled.
     std::vector<int> turns(threads / warp_size);
     std::iota(turns.begin(), turns.end(), 0);
     while (m.alive) {
@@ -236,8 +239,9 @@ inline bool run_block(int threads, size_t shared_bytes) {
             }
         }
         if (!moved) {
-            snprintf(m.error, sizeof m.error, "deadlock in block (%d, %d, %d): %d of %d threads wait, %d at the block's barrier",
-                     m.block.x, m.block.y, m.block.z, m.alive, threads, m.block_barrier.arrived);
+            snprintf(m.error, sizeof m.error,
+                     "deadlock in block (%d, %d, %d): %d of %d threads wait, %d at the block's barrier", m.block.x,
+                         m.block.y, m.block.z, m.alive, threads, m.block_barrier.arrived);
             return false;
         }
     }

@@ -1,13 +1,17 @@
-// MoE layer: gather + grouped product + SwiGLU + product + weighted sum, forward and backward, without a cached activation.
+// MoE layer: gather + grouped product + SwiGLU + product + weighted sum, forward and backward, without a cached
+// activation.
 //
-// Layout (bf16 unless said): x, y, by_y (tokens, hidden); gate_up (experts, 2 * inner, hidden), gate first; down (experts, hidden,
-//         inner); weights (tokens, chosen) float32; order (A) int32: assignment a = token * chosen + k, sorted by expert;
-//         ends (experts) int32: where each expert's assignments end in that order. Rows "by place" are in the sorted order, rows
-//         "by assignment" in the order of tokens, so that a token's sum reads neighbours and needs no atomics.
+// Layout (bf16 unless said): x, y, by_y (tokens, hidden); gate_up (experts, 2 * inner, hidden), gate first; down
+//         (experts, hidden, inner); weights (tokens, chosen) float32; order (A) int32: assignment a = token * chosen +
+//         k, sorted by expert; ends (experts) int32: where each expert's assignments end in that order. Rows "by place"
+//         are in the sorted order, rows "by assignment" in the order of tokens, so that a token's sum reads neighbours
+//         and needs no atomics.
 // Limits: hidden and inner multiples of 8; at least sm_80; A at most 8 million (tiles of rows are the grid's y).
-// Source: fused gather and no cached down-projection output as in SonicMoE (arXiv:2512.14080): the gradient of a weight is
-//         <by_y down, activation>, so the down-projection's rows are not needed. Gate and up are computed again in the backward.
-// Tiles of 128 x 128 (32 x 128 where experts have few tokens) with mma.sync, four stages of cp.async; a block finds its expert from `ends`, so the host never waits.
+// Source: fused gather and no cached down-projection output as in SonicMoE (arXiv:2512.14080): the gradient of a weight
+//         is <by_y down, activation>, so the down-projection's rows are not needed. Gate and up are computed again in
+//         the backward.
+// Tiles of 128 x 128 (32 x 128 where experts have few tokens) with mma.sync, four stages of cp.async; a block finds its
+// expert from `ends`, so the host never waits.
 #include "device.cuh"
 
 namespace {
@@ -18,7 +22,8 @@ constexpr int warps_m = 2, warps_n = 4;  // a warp computes m_tiles * 16 rows x 
 template <int m_tiles> constexpr int tile_m = warps_m * m_tiles * 16;
 constexpr int many = 4, few = 1;  // m_tiles: 128 rows for training, 32 for a decode step with few tokens per expert
 
-constexpr int operand_size = 128 * (tile_k + pad);  // elements of one stage; the other orientation, 32 x 136, is smaller
+// elements of one stage; the other orientation, 32 x 136, is smaller
+constexpr int operand_size = 128 * (tile_k + pad);
 template <int n_tiles> constexpr int tile_n = warps_n * n_tiles * 8;
 constexpr size_t product_bytes = static_cast<size_t>(stages) * 2 * operand_size * sizeof(bf16);
 
@@ -31,8 +36,8 @@ template <int m_tiles, int n_tiles> struct Sums {
     }
 };
 
-// sums += A B over `depth`. `a_by_k`: A is stored with k as the fast index, a(i, k) gives the address of 8 neighbours in k;
-// otherwise a(k, i) gives 8 neighbours in i. The same for b. A null address stands for zeros.
+// sums += A B over `depth`. `a_by_k`: A is stored with k as the fast index, a(i, k) gives the address of 8 neighbours
+// in k; otherwise a(k, i) gives 8 neighbours in i. The same for b. A null address stands for zeros.
 template <bool a_by_k, bool b_by_k, int m_tiles, int n_tiles, class A, class B>
 DEVICE void product(Sums<m_tiles, n_tiles>& sums, int depth, A a, B b, bf16* memory) {
     constexpr int width_m = tile_m<m_tiles>, width_n = tile_n<n_tiles>;
@@ -47,12 +52,14 @@ DEVICE void product(Sums<m_tiles, n_tiles>& sums, int depth, A a, B b, bf16* mem
             UNROLL for (int i = thread(); i < width_m * tile_k / 8; i += block) {
                 int row = i / a_chunks, column = i % a_chunks * 8;
                 bool inside = (a_by_k ? k + column : k + row) < depth;
-                copy_async(a_tile + row * a_stride + column, inside ? (a_by_k ? a(row, k + column) : a(k + row, column)) : nullptr);
+                const bf16* from = !inside ? nullptr : a_by_k ? a(row, k + column) : a(k + row, column);
+                copy_async(a_tile + row * a_stride + column, from);
             }
             UNROLL for (int i = thread(); i < width_n * tile_k / 8; i += block) {
                 int row = i / b_chunks, column = i % b_chunks * 8;
                 bool inside = (b_by_k ? k + column : k + row) < depth;
-                copy_async(b_tile + row * b_stride + column, inside ? (b_by_k ? b(row, k + column) : b(k + row, column)) : nullptr);
+                const bf16* from = !inside ? nullptr : b_by_k ? b(row, k + column) : b(k + row, column);
+                copy_async(b_tile + row * b_stride + column, from);
             }
         }
         copies_commit();  // also when empty: the waits count groups
@@ -70,12 +77,14 @@ DEVICE void product(Sums<m_tiles, n_tiles>& sums, int depth, A a, B b, bf16* mem
             uint32_t left[m_tiles][4], right[4];
             UNROLL for (int m = 0; m < m_tiles; ++m) {
                 int at = m0 + m * 16;
-                if constexpr (a_by_k) load_tiles<false>(left[m], a_tile + (at + lane() % 16) * a_stride + k + lane() / 16 * 8);
+                if constexpr (a_by_k)
+                    load_tiles<false>(left[m], a_tile + (at + lane() % 16) * a_stride + k + lane() / 16 * 8);
                 else load_tiles<true>(left[m], a_tile + (k + tile / 2 * 8 + lane() % 8) * a_stride + at + tile % 2 * 8);
             }
             UNROLL for (int n = 0; n < n_tiles; n += 2) {
                 int at = n0 + n * 8;
-                if constexpr (b_by_k) load_tiles<false>(right, b_tile + (at + tile / 2 * 8 + lane() % 8) * b_stride + k + tile % 2 * 8);
+                if constexpr (b_by_k)
+                    load_tiles<false>(right, b_tile + (at + tile / 2 * 8 + lane() % 8) * b_stride + k + tile % 2 * 8);
                 else load_tiles<true>(right, b_tile + (k + lane() % 16) * b_stride + at + lane() / 16 * 8);
                 UNROLL for (int m = 0; m < m_tiles; ++m) {
                     multiply_add(sums.at[m][n], left[m], right[0], right[1]);
@@ -122,12 +131,16 @@ DEVICE Rows rows_of_block(const int* ends, int experts, int height) {
     return {0, 0, 0};
 }
 
-// The token of each row of the tile, in shared memory behind the product's stages.
-DEVICE int* assignments_of(Rows rows, const int* order) {
+struct Origin { const int *assignment, *token; };  // of each row of the tile
+
+// In shared memory behind the product's stages: the product asks for them again at every step.
+DEVICE Origin origin_of(Rows rows, const int* order, int chosen) {
     int* assignments = reinterpret_cast<int*>(shared_memory() + product_bytes);
-    for (int i = thread(); i < rows.count; i += block) assignments[i] = order[rows.begin + i];
+    int* tokens = assignments + tile_m<many>;
+    for (int i = thread(); i < rows.count; i += block)
+        assignments[i] = order[rows.begin + i], tokens[i] = assignments[i] / chosen;
     barrier();
-    return assignments;
+    return {assignments, tokens};
 }
 
 // Gate and up of 64 columns, interleaved so that one lane holds both of a column: tiles n and n + 2 of its four.
@@ -140,85 +153,101 @@ DEVICE const bf16* offset(const bf16* row, int by) { return row ? row + by : nul
 
 // activation (A, inner) by place = silu(x gate) * (x up)
 template <int m_tiles>
-KERNEL(block) up(const bf16* x, const bf16* gate_up, const int* order, const int* ends, bf16* activation, int experts, int hidden,
-                 int inner, int chosen) {
+KERNEL(block) up(const bf16* x, const bf16* gate_up, const int* order, const int* ends, bf16* activation, int experts,
+                 int hidden, int inner, int chosen) {
     Rows rows = rows_of_block(ends, experts, tile_m<m_tiles>);
     if (rows.count == 0) return;
-    const int* assignments = assignments_of(rows, order);
+    Origin origin = origin_of(rows, order, chosen);
     const bf16* matrix = gate_up + static_cast<i64>(rows.expert) * 2 * inner * hidden;
     int first = block_x() * 64;
     Sums<m_tiles, 4> sums;
     sums.clear();
     product<true, true>(
-        sums, hidden, [&](int i, int k) { return i < rows.count ? x + static_cast<i64>(assignments[i] / chosen) * hidden + k : nullptr; },
-        [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); }, reinterpret_cast<bf16*>(shared_memory()));
+        sums, hidden,
+        [&](int i, int k) { return i < rows.count ? x + static_cast<i64>(origin.token[i]) * hidden + k : nullptr; },
+        [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); },
+        reinterpret_cast<bf16*>(shared_memory()));
     for_pairs<m_tiles, 2>([&](int row, int column, int m, int n, int half) {
         if (row >= rows.count || first + column >= inner) return;
         float gate0 = sums.at[m][n][half * 2], gate1 = sums.at[m][n][half * 2 + 1];
         store_vector(activation + static_cast<i64>(rows.begin + row) * inner + first + column,
-                     pack(gate0 * sigmoid(gate0) * sums.at[m][n + 2][half * 2], gate1 * sigmoid(gate1) * sums.at[m][n + 2][half * 2 + 1]));
+                     pack(gate0 * sigmoid(gate0) * sums.at[m][n + 2][half * 2],
+                          gate1 * sigmoid(gate1) * sums.at[m][n + 2][half * 2 + 1]));
     });
 }
 
-// out (A, width) by assignment = in (A, depth) by place times the expert's matrix: (width, depth) if by_k, else (depth, width).
+// out (A, width) by assignment = in (A, depth) by place times the expert's matrix: (width, depth) if by_k, else (depth,
+// width).
 template <bool by_k, int m_tiles>
-KERNEL(block) back(const bf16* in, const bf16* matrices, const int* order, const int* ends, bf16* out, int experts, int depth, int width) {
+KERNEL(block) back(const bf16* in, const bf16* matrices, const int* order, const int* ends, bf16* out, int experts,
+                   int depth, int width) {
     Rows rows = rows_of_block(ends, experts, tile_m<m_tiles>);
     if (rows.count == 0) return;
-    const int* assignments = assignments_of(rows, order);
+    Origin origin = origin_of(rows, order, 1);
     const bf16* matrix = matrices + static_cast<i64>(rows.expert) * width * depth;
     int first = block_x() * 128;
     Sums<m_tiles, 4> sums;
     sums.clear();
     product<true, by_k>(
-        sums, depth, [&](int i, int k) { return i < rows.count ? in + static_cast<i64>(rows.begin + i) * depth + k : nullptr; },
+        sums, depth,
+        [&](int i, int k) { return i < rows.count ? in + static_cast<i64>(rows.begin + i) * depth + k : nullptr; },
         [&](int p, int q) -> const bf16* {
             if (first + (by_k ? p : q) >= width) return nullptr;
-            return by_k ? matrix + static_cast<i64>(first + p) * depth + q : matrix + static_cast<i64>(p) * width + first + q;
+            return by_k ? matrix + static_cast<i64>(first + p) * depth + q
+                        : matrix + static_cast<i64>(p) * width + first + q;
         },
         reinterpret_cast<bf16*>(shared_memory()));
     for_pairs<m_tiles, 4>([&](int row, int column, int m, int n, int half) {
         if (row < rows.count && first + column < width)
-            store_vector(out + static_cast<i64>(assignments[row]) * width + first + column,
+            store_vector(out + static_cast<i64>(origin.assignment[row]) * width + first + column,
                          pack(sums.at[m][n][half * 2], sums.at[m][n][half * 2 + 1]));
     });
 }
 
-// By place: gate and up again, by_activation = by_y down; from them d_gate_up (A, 2 inner), weighted (A, inner) = weight *
-// activation, and by assignment the part of this tile of columns in d_weight: by_weight (A, column tiles) float32.
-KERNEL(block) activation_gradient(const bf16* x, const bf16* gate_up, const bf16* down, const bf16* by_y, const float* weights,
-                                  const int* order, const int* ends, bf16* d_gate_up, bf16* weighted, float* by_weight, int experts,
-                                  int hidden, int inner, int chosen) {
+// By place: gate and up again, by_activation = by_y down; from them d_gate_up (A, 2 inner), weighted (A, inner) =
+// weight * activation, and by assignment the part of this tile of columns in d_weight: by_weight (A, column tiles)
+// float32.
+KERNEL(block) activation_gradient(const bf16* x, const bf16* gate_up, const bf16* down, const bf16* by_y,
+                                  const float* weights, const int* order, const int* ends, bf16* d_gate_up,
+                                  bf16* weighted, float* by_weight, int experts, int hidden, int inner, int chosen) {
     Rows rows = rows_of_block(ends, experts, tile_m<many>);
     if (rows.count == 0) return;
-    const int* assignments = assignments_of(rows, order);
+    Origin origin = origin_of(rows, order, chosen);
     const bf16* matrix = gate_up + static_cast<i64>(rows.expert) * 2 * inner * hidden;
     const bf16* down_matrix = down + static_cast<i64>(rows.expert) * hidden * inner;
     bf16* memory = reinterpret_cast<bf16*>(shared_memory());
     int first = block_x() * 64;
     auto row_of = [&](const bf16* of) {
-        return [=, &rows](int i, int k) { return i < rows.count ? of + static_cast<i64>(assignments[i] / chosen) * hidden + k : nullptr; };
+        return [=, &rows](int i, int k) {
+            return i < rows.count ? of + static_cast<i64>(origin.token[i]) * hidden + k : nullptr;
+        };
     };
     Sums<many, 4> pre;
     pre.clear();
-    product<true, true>(pre, hidden, row_of(x), [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); }, memory);
+    product<true, true>(
+        pre, hidden, row_of(x),
+        [&](int j, int k) { return offset(gate_up_row(matrix, j, first, inner, hidden), k); }, memory);
     Sums<many, 2> by;
     by.clear();
     product<true, false>(
         by, hidden, row_of(by_y),
-        [&](int k, int j) { return first + j < inner ? down_matrix + static_cast<i64>(k) * inner + first + j : nullptr; }, memory);
+        [&](int k, int j) {
+            return first + j < inner ? down_matrix + static_cast<i64>(k) * inner + first + j : nullptr;
+        },
+        memory);
 
     float* parts = reinterpret_cast<float*>(memory);  // (rows, warps_n): each warp's share of the rows' dot products
     UNROLL for (int m = 0; m < many; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
             int row = warp() / warps_n * many * 16 + m * 16 + half * 8 + lane() / 4;
             bool exists = row < rows.count;
-            float weight = exists ? weights[assignments[row]] : 0.0f, dot = 0.0f;
+            float weight = exists ? weights[origin.assignment[row]] : 0.0f, dot = 0.0f;
             UNROLL for (int n = 0; n < 2; ++n) {
                 int column = first + warp() % warps_n * 16 + n * 8 + lane() % 4 * 2;
                 float d_gate[2], d_up[2], kept[2];
                 UNROLL for (int j = 0; j < 2; ++j) {
-                    float gate = pre.at[m][n][half * 2 + j], upper = pre.at[m][n + 2][half * 2 + j], g = by.at[m][n][half * 2 + j];
+                    float gate = pre.at[m][n][half * 2 + j], upper = pre.at[m][n + 2][half * 2 + j];
+                    float g = by.at[m][n][half * 2 + j];
                     float s = sigmoid(gate), activation = gate * s * upper;
                     dot += g * activation;  // columns past `inner` were zeros in every factor
                     d_gate[j] = weight * g * upper * s * (1.0f + gate * (1.0f - s));
@@ -239,14 +268,15 @@ KERNEL(block) activation_gradient(const bf16* x, const bf16* gate_up, const bf16
     for (int row = thread(); row < rows.count; row += block) {
         float sum = 0.0f;
         UNROLL for (int w = 0; w < warps_n; ++w) sum += parts[row * warps_n + w];
-        by_weight[static_cast<i64>(assignments[row]) * blocks_x() + block_x()] = sum;
+        by_weight[static_cast<i64>(origin.assignment[row]) * blocks_x() + block_x()] = sum;
     }
 }
 
-// out (experts, rows, columns) = sum over an expert's places of left^T right. The side named `gathered` is a matrix by token.
+// out (experts, rows, columns) = sum over an expert's places of left^T right. The side named `gathered` is a matrix by
+// token.
 template <bool left_gathered>
-KERNEL(block) matrix_gradient(const bf16* left, const bf16* right, const int* order, const int* ends, bf16* out, int rows, int columns,
-                              int chosen) {
+KERNEL(block) matrix_gradient(const bf16* left, const bf16* right, const int* order, const int* ends, bf16* out,
+                              int rows, int columns, int chosen) {
     int expert = block_z(), begin = expert ? ends[expert - 1] : 0, depth = ends[expert] - begin;
     int first_row = block_y() * tile_m<many>, first_column = block_x() * 128;
     auto address = [&](const bf16* of, bool gathered, int k, int column, int width) -> const bf16* {
@@ -269,7 +299,8 @@ KERNEL(block) matrix_gradient(const bf16* left, const bf16* right, const int* or
 // y (tokens, hidden) = sum over k of weight * rows[token * chosen + k]; weights null: plain sum.
 KERNEL(block) sum_rows(const bf16* rows, const float* weights, bf16* y, i64 tokens, int hidden, int chosen) {
     int chunks = hidden / 8;
-    for (i64 i = static_cast<i64>(block_x()) * block + thread(); i < tokens * chunks; i += static_cast<i64>(blocks_x()) * block) {
+    i64 first = static_cast<i64>(block_x()) * block + thread(), step = static_cast<i64>(blocks_x()) * block;
+    for (i64 i = first; i < tokens * chunks; i += step) {
         i64 token = i / chunks;
         int column = static_cast<int>(i % chunks) * 8;
         float sum[8] = {}, value[8];
@@ -282,7 +313,7 @@ KERNEL(block) sum_rows(const bf16* rows, const float* weights, bf16* y, i64 toke
     }
 }
 
-constexpr size_t shared_bytes = product_bytes + tile_m<many> * sizeof(int);
+constexpr size_t shared_bytes = product_bytes + 2 * tile_m<many> * sizeof(int);
 
 int over(i64 size, i64 tile) { return static_cast<int>((size + tile - 1) / tile); }
 // No fewer than there can be: every expert may end in a tile that is not full.
@@ -292,39 +323,42 @@ int row_tiles(i64 assignments, i64 experts, int height) {
 
 int sum_into(const bf16* rows, const float* weights, bf16* y, i64 tokens, i64 hidden, i64 chosen, void* stream) {
     int wanted = over(tokens * (hidden / 8), block);
-    return launch(sum_rows, {wanted < 1056 ? wanted : 1056}, block, 0, stream, rows, weights, y, tokens, hidden, chosen);
+    return launch(sum_rows, {wanted < 1056 ? wanted : 1056}, block, 0, stream, rows, weights, y, tokens, hidden,
+                  chosen);
 }
 
 }  // namespace
 
 // Scratch: activation (A, inner), rows (A, hidden).
-extern "C" int experts_forward(const bf16* x, const float* weights, const int* order, const int* ends, const bf16* gate_up,
-                               const bf16* down, bf16* activation, bf16* rows, bf16* y, i64 tokens, i64 chosen, i64 experts,
-                               i64 hidden, i64 inner, void* stream) {
+extern "C" int experts_forward(const bf16* x, const float* weights, const int* order, const int* ends,
+                               const bf16* gate_up, const bf16* down, bf16* activation, bf16* rows, bf16* y,
+                               i64 tokens, i64 chosen, i64 experts, i64 hidden, i64 inner, void* stream) {
     bool sparse = tokens * chosen < 32 * experts;
     int tiles = row_tiles(tokens * chosen, experts, sparse ? tile_m<few> : tile_m<many>);
-    int code = launch(sparse ? up<few> : up<many>, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, order, ends,
-                      activation, experts, hidden, inner, chosen);
+    int code = launch(sparse ? up<few> : up<many>, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up,
+                      order, ends, activation, experts, hidden, inner, chosen);
     if (code) return code;
-    code = launch(sparse ? back<true, few> : back<true, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream, activation,
-                  down, order, ends, rows, experts, inner, hidden);
+    code = launch(sparse ? back<true, few> : back<true, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream,
+                  activation, down, order, ends, rows, experts, inner, hidden);
     return code ? code : sum_into(rows, weights, y, tokens, hidden, chosen, stream);
 }
 
-// Scratch: d_pre (A, 2 inner), weighted (A, inner), rows (A, hidden). by_weight (A, ceil(inner / 64)) is summed by the caller.
-extern "C" int experts_backward(const bf16* x, const float* weights, const int* order, const int* ends, const bf16* gate_up,
-                                const bf16* down, const bf16* by_y, bf16* d_pre, bf16* weighted, bf16* rows, bf16* d_x,
-                                float* by_weight, bf16* d_gate_up, bf16* d_down, i64 tokens, i64 chosen, i64 experts, i64 hidden,
-                                i64 inner, void* stream) {
+// Scratch: d_pre (A, 2 inner), weighted (A, inner), rows (A, hidden). by_weight (A, ceil(inner / 64)) is summed by the
+// caller.
+extern "C" int experts_backward(const bf16* x, const float* weights, const int* order, const int* ends,
+                                const bf16* gate_up, const bf16* down, const bf16* by_y, bf16* d_pre, bf16* weighted,
+                                bf16* rows, bf16* d_x,
+                                float* by_weight, bf16* d_gate_up, bf16* d_down, i64 tokens, i64 chosen, i64 experts,
+                                i64 hidden, i64 inner, void* stream) {
     int tiles = row_tiles(tokens * chosen, experts, tile_m<many>), all = static_cast<int>(experts);
-    int code = launch(activation_gradient, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, down, by_y, weights, order,
-                      ends, d_pre, weighted, by_weight, experts, hidden, inner, chosen);
-    if (!code) code = launch(back<false, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream, d_pre, gate_up, order, ends, rows,
-                             experts, 2 * inner, hidden);
+    int code = launch(activation_gradient, {over(inner, 64), tiles}, block, shared_bytes, stream, x, gate_up, down,
+                      by_y, weights, order, ends, d_pre, weighted, by_weight, experts, hidden, inner, chosen);
+    if (!code) code = launch(back<false, many>, {over(hidden, 128), tiles}, block, shared_bytes, stream, d_pre,
+                             gate_up, order, ends, rows, experts, 2 * inner, hidden);
     if (!code) code = sum_into(rows, nullptr, d_x, tokens, hidden, chosen, stream);
-    if (!code) code = launch(matrix_gradient<false>, {over(hidden, 128), over(2 * inner, tile_m<many>), all}, block, product_bytes, stream, d_pre,
-                             x, order, ends, d_gate_up, 2 * inner, hidden, chosen);
-    if (!code) code = launch(matrix_gradient<true>, {over(inner, 128), over(hidden, tile_m<many>), all}, block, product_bytes, stream, by_y,
-                             weighted, order, ends, d_down, hidden, inner, chosen);
+    if (!code) code = launch(matrix_gradient<false>, {over(hidden, 128), over(2 * inner, tile_m<many>), all}, block,
+                             product_bytes, stream, d_pre, x, order, ends, d_gate_up, 2 * inner, hidden, chosen);
+    if (!code) code = launch(matrix_gradient<true>, {over(inner, 128), over(hidden, tile_m<many>), all}, block,
+                             product_bytes, stream, by_y, weighted, order, ends, d_down, hidden, inner, chosen);
     return code;
 }

@@ -2,10 +2,11 @@
 //
 // Layout: logits (tokens, experts) float32; bias (experts) float32; experts chosen (tokens, chosen) int64, best first;
 //         weights (tokens, chosen) float32; load (experts) int32, zeroed by the caller.
-//         order (A) int32: assignments sorted by expert, stable; place: its inverse; ends (experts) int32: where each expert's end.
+//         order (A) int32: assignments sorted by expert, stable; place: its inverse; ends (experts) int32: where each
+//         expert's end.
 // Limits: at most 512 experts, 32 chosen, 32 groups that divide the experts; A = tokens * chosen below 2^31.
-// Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2: sigmoid scores, a bias that only chooses, groups by their two best.
-// A NaN score is chosen last, so indices are valid and distinct whatever the input.
+// Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2: sigmoid scores, a bias that only chooses, groups by their two
+// best. A NaN score is chosen last, so indices are valid and distinct whatever the input.
 #include "device.cuh"
 
 namespace {
@@ -26,8 +27,8 @@ DEVICE Best warp_best(Best best) {
 
 // One warp per token; lane l holds the experts l, l + 32, ...
 template <int per_lane>
-KERNEL(block) route(const float* logits, const float* bias, i64* chosen_out, float* weights, int* load, int tokens, int experts,
-                    int chosen, int groups, int open_groups, int normalise, float scale) {
+KERNEL(block) route(const float* logits, const float* bias, i64* chosen_out, float* weights, int* load, int tokens,
+                    int experts, int chosen, int groups, int open_groups, int normalise, float scale) {
     int* counts = reinterpret_cast<int*>(shared_memory());
     for (int e = thread(); e < experts; e += block) counts[e] = 0;
     barrier();
@@ -100,8 +101,8 @@ KERNEL(block) route(const float* logits, const float* bias, i64* chosen_out, flo
 }
 
 // d weight_k / d logit: w_k = c s_k / S, s = sigmoid(logit), S the sum over the chosen (1 where not normalised).
-KERNEL(block) route_gradient(const float* logits, const i64* chosen_in, const float* by_weights, float* d_logits, int tokens,
-                             int experts, int chosen, int normalise, float scale) {
+KERNEL(block) route_gradient(const float* logits, const i64* chosen_in, const float* by_weights, float* d_logits,
+                             int tokens, int experts, int chosen, int normalise, float scale) {
     int token = block_x() * (block / 32) + warp();
     if (token >= tokens) return;
     float* line = d_logits + static_cast<i64>(token) * experts;
@@ -119,8 +120,8 @@ KERNEL(block) route_gradient(const float* logits, const i64* chosen_in, const fl
     if (mine) line[expert] = g * s * (1.0f - s);
 }
 
-// One block per expert scans all assignments twice: who comes before its experts, then where each of its own goes. No atomics,
-// so the order is always the same.
+// One block per expert scans all assignments twice: who comes before its experts, then where each of its own goes. No
+// atomics, so the order is always the same.
 KERNEL(block) sort(const i64* chosen, int* order, int* place, int* ends, int assignments) {
     int expert = block_x();
     int* scratch = reinterpret_cast<int*>(shared_memory());
@@ -148,20 +149,23 @@ KERNEL(block) sort(const i64* chosen, int* order, int* place, int* ends, int ass
 
 }  // namespace
 
-extern "C" int router_route(const float* logits, const float* bias, i64* chosen_out, float* weights, int* load, i64 tokens,
-                            i64 experts, i64 chosen, i64 groups, i64 open_groups, i64 normalise, float scale, void* stream) {
+extern "C" int router_route(const float* logits, const float* bias, i64* chosen_out, float* weights, int* load,
+                            i64 tokens, i64 experts, i64 chosen, i64 groups, i64 open_groups, i64 normalise,
+                            float scale, void* stream) {
     int per_lane = (static_cast<int>(experts) + 31) / 32;
-    auto kernel = per_lane <= 1 ? route<1> : per_lane <= 2 ? route<2> : per_lane <= 4 ? route<4> : per_lane <= 8 ? route<8> : route<16>;
+    auto kernel = per_lane <= 1 ? route<1> : per_lane <= 2 ? route<2> : per_lane <= 4 ? route<4>
+                  : per_lane <= 8 ? route<8> : route<16>;
     int wanted = (static_cast<int>(tokens) + block / 32 - 1) / (block / 32), most = 1056;  // 8 per multiprocessor
-    return launch(kernel, {wanted < most ? wanted : most}, block, experts * sizeof(int), stream, logits, bias, chosen_out, weights,
-                  load, tokens, experts, chosen, groups, open_groups, normalise, scale);
+    return launch(kernel, {wanted < most ? wanted : most}, block, experts * sizeof(int), stream, logits, bias,
+                  chosen_out, weights, load, tokens, experts, chosen, groups, open_groups, normalise, scale);
 }
-extern "C" int router_gradient(const float* logits, const i64* chosen_in, const float* by_weights, float* d_logits, i64 tokens,
-                               i64 experts, i64 chosen, i64 normalise, float scale, void* stream) {
-    return launch(route_gradient, {(static_cast<int>(tokens) + block / 32 - 1) / (block / 32)}, block, 0, stream, logits, chosen_in,
-                  by_weights, d_logits, tokens, experts, chosen, normalise, scale);
+extern "C" int router_gradient(const float* logits, const i64* chosen_in, const float* by_weights, float* d_logits,
+                               i64 tokens, i64 experts, i64 chosen, i64 normalise, float scale, void* stream) {
+    return launch(route_gradient, {(static_cast<int>(tokens) + block / 32 - 1) / (block / 32)}, block, 0, stream,
+                  logits, chosen_in, by_weights, d_logits, tokens, experts, chosen, normalise, scale);
 }
-extern "C" int router_sort(const i64* chosen, int* order, int* place, int* ends, i64 assignments, i64 experts, void* stream) {
-    return launch(sort, {static_cast<int>(experts)}, block, (33 + block / 32) * sizeof(int), stream, chosen, order, place, ends,
-                  assignments);
+extern "C" int router_sort(const i64* chosen, int* order, int* place, int* ends, i64 assignments, i64 experts,
+                           void* stream) {
+    return launch(sort, {static_cast<int>(experts)}, block, (33 + block / 32) * sizeof(int), stream, chosen, order,
+                  place, ends, assignments);
 }

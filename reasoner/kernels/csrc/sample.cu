@@ -1,10 +1,10 @@
 // Draws one token per row from softmax(logits / temperature) and gives its log-probability, in one pass.
 //
-// Layout: logits (rows, columns) float32 or bf16; seeds (rows) int64; token (rows) int64; logprob (rows) float32, in nats.
-// Limits: columns below 2^31. An entry of -inf is never drawn; a row of NaN gives token 0 with log-probability NaN.
-// Source: Gumbel-max: the argmax of logit + Gumbel noise is a draw from the softmax. The noise of (seed, column) is a hash, so a
-//         draw depends on nothing but its row and seed: not on the batch, the device or the order of work. Its 24 bits make
-//         entries below about 3e-8 rarer than they should be. Greedy: no noise.
+// Layout: logits (rows, columns) float32 or bf16; seeds (rows) int64; token (rows) int64; logprob (rows) float32, in
+// nats. Limits: columns below 2^31. An entry of -inf is never drawn; a row of NaN gives token 0 with log-probability
+// NaN. Source: Gumbel-max: the argmax of logit + Gumbel noise is a draw from the softmax. The noise of (seed, column)
+//         is a hash, so a draw depends on nothing but its row and seed: not on the batch, the device or the order of
+//         work. Its 24 bits make entries below about 3e-8 rarer than they should be. Greedy: no noise.
 #include "device.cuh"
 
 namespace {
@@ -30,8 +30,10 @@ struct Draw {
 
 DEVICE Draw merge(Draw a, Draw b) {
     float max = b.max > a.max ? b.max : a.max;
-    float sum = max == minus_infinity ? a.sum + b.sum : (a.max == minus_infinity ? a.sum : a.sum * exp_fast(a.max - max)) +
-                                                          (b.max == minus_infinity ? b.sum : b.sum * exp_fast(b.max - max));
+    auto moved = [max](Draw d) {  // to the new max; an empty part holds 0, or the NaN of a bad row
+        return d.max == minus_infinity ? d.sum : d.sum * exp_fast(d.max - max);
+    };
+    float sum = max == minus_infinity ? a.sum + b.sum : moved(a) + moved(b);
     bool second = b.rank > a.rank || (b.rank == a.rank && b.column < a.column);
     Draw best = second ? b : a;
     return {max, sum, best.rank, best.logit, best.column};
@@ -39,13 +41,14 @@ DEVICE Draw merge(Draw a, Draw b) {
 
 DEVICE Draw across_warp(Draw d) {
     UNROLL for (int mask = 16; mask; mask >>= 1)
-        d = merge(d, {from_lane_xor(d.max, mask), from_lane_xor(d.sum, mask), from_lane_xor(d.rank, mask), from_lane_xor(d.logit, mask),
-                      from_lane_xor(d.column, mask)});
+        d = merge(d, {from_lane_xor(d.max, mask), from_lane_xor(d.sum, mask), from_lane_xor(d.rank, mask),
+                      from_lane_xor(d.logit, mask), from_lane_xor(d.column, mask)});
     return d;
 }
 
 template <class T>
-KERNEL(block) draw(const T* logits, const i64* seeds, i64* token, float* logprob, int columns, float inverse_temperature, int greedy) {
+KERNEL(block) draw(const T* logits, const i64* seeds, i64* token, float* logprob, int columns,
+                   float inverse_temperature, int greedy) {
     const T* line = logits + static_cast<i64>(block_x()) * columns;
     Draw nothing{minus_infinity, 0.0f, minus_infinity, minus_infinity, columns}, mine = nothing;
     for (int column = thread(); column < columns; column += block) {
@@ -67,15 +70,16 @@ KERNEL(block) draw(const T* logits, const i64* seeds, i64* token, float* logprob
 }
 
 template <class T>
-int start(const void* logits, const i64* seeds, i64* token, float* logprob, i64 rows, i64 columns, float inverse_temperature,
-          i64 greedy, void* stream) {
-    return launch(draw<T>, {static_cast<int>(rows)}, block, block / 32 * sizeof(Draw), stream, static_cast<const T*>(logits), seeds,
-                  token, logprob, columns, inverse_temperature, greedy);
+int start(const void* logits, const i64* seeds, i64* token, float* logprob, i64 rows, i64 columns,
+          float inverse_temperature, i64 greedy, void* stream) {
+    return launch(draw<T>, {static_cast<int>(rows)}, block, block / 32 * sizeof(Draw), stream,
+                  static_cast<const T*>(logits), seeds, token, logprob, columns, inverse_temperature, greedy);
 }
 
 }  // namespace
 
-extern "C" int sample_draw(const void* logits, const i64* seeds, i64* token, float* logprob, i64 rows, i64 columns, i64 greedy,
-                           i64 half, float inverse_temperature, void* stream) {
-    return (half ? start<bf16> : start<float>)(logits, seeds, token, logprob, rows, columns, inverse_temperature, greedy, stream);
+extern "C" int sample_draw(const void* logits, const i64* seeds, i64* token, float* logprob, i64 rows, i64 columns,
+                           i64 greedy, i64 half, float inverse_temperature, void* stream) {
+    return (half ? start<bf16> : start<float>)(logits, seeds, token, logprob, rows, columns, inverse_temperature,
+                                               greedy, stream);
 }

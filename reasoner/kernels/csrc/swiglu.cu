@@ -1,7 +1,7 @@
 // SwiGLU: y = silu(gate) * up, and its gradient.
 //
-// Layout: gate_up (rows, 2 * width), gate first; y (rows, width); one type, float32 or bf16; float32 inside, rounded once.
-// Limits: rows * 2 * width below 2^62; nothing else.
+// Layout: gate_up (rows, 2 * width), gate first; y (rows, width); one type, float32 or bf16; float32 inside, rounded
+// once. Limits: rows * 2 * width below 2^62; nothing else.
 // Source: Shazeer 2020 (arXiv:2002.05202).
 #include "device.cuh"
 
@@ -13,7 +13,8 @@ template <class T>
 KERNEL(block) forward(const T* gate_up, T* y, i64 rows, int width) {
     int per_row = (width + 7) / 8;
     bool vectors = width % 8 == 0;
-    for (i64 i = static_cast<i64>(block_x()) * block + thread(); i < rows * per_row; i += static_cast<i64>(blocks_x()) * block) {
+    i64 start = static_cast<i64>(block_x()) * block + thread(), step = static_cast<i64>(blocks_x()) * block;
+    for (i64 i = start; i < rows * per_row; i += step) {
         i64 row = i / per_row;
         int first = static_cast<int>(i % per_row) * 8;
         const T* line = gate_up + row * 2 * width + first;
@@ -30,7 +31,8 @@ template <class T>
 KERNEL(block) backward(const T* gate_up, const T* by_y, T* d_gate_up, i64 rows, int width) {
     int per_row = (width + 7) / 8;
     bool vectors = width % 8 == 0;
-    for (i64 i = static_cast<i64>(block_x()) * block + thread(); i < rows * per_row; i += static_cast<i64>(blocks_x()) * block) {
+    i64 start = static_cast<i64>(block_x()) * block + thread(), step = static_cast<i64>(blocks_x()) * block;
+    for (i64 i = start; i < rows * per_row; i += step) {
         i64 row = i / per_row;
         int first = static_cast<int>(i % per_row) * 8;
         i64 at = row * 2 * width + first;
@@ -54,11 +56,13 @@ Grid grid_for(i64 rows, i64 width) {
 }
 
 template <class T> int start(const void* gate_up, void* y, i64 rows, i64 width, void* stream) {
-    return launch(forward<T>, grid_for(rows, width), block, 0, stream, static_cast<const T*>(gate_up), static_cast<T*>(y), rows, width);
+    return launch(forward<T>, grid_for(rows, width), block, 0, stream, static_cast<const T*>(gate_up),
+                  static_cast<T*>(y), rows, width);
 }
-template <class T> int start_back(const void* gate_up, const void* by_y, void* d_gate_up, i64 rows, i64 width, void* stream) {
-    return launch(backward<T>, grid_for(rows, width), block, 0, stream, static_cast<const T*>(gate_up), static_cast<const T*>(by_y),
-                  static_cast<T*>(d_gate_up), rows, width);
+template <class T> int start_back(const void* gate_up, const void* by_y, void* d_gate_up, i64 rows, i64 width,
+                                  void* stream) {
+    return launch(backward<T>, grid_for(rows, width), block, 0, stream, static_cast<const T*>(gate_up),
+                  static_cast<const T*>(by_y), static_cast<T*>(d_gate_up), rows, width);
 }
 
 }  // namespace
@@ -66,6 +70,7 @@ template <class T> int start_back(const void* gate_up, const void* by_y, void* d
 extern "C" int swiglu_forward(const void* gate_up, void* y, i64 rows, i64 width, i64 half, void* stream) {
     return (half ? start<bf16> : start<float>)(gate_up, y, rows, width, stream);
 }
-extern "C" int swiglu_backward(const void* gate_up, const void* by_y, void* d_gate_up, i64 rows, i64 width, i64 half, void* stream) {
+extern "C" int swiglu_backward(const void* gate_up, const void* by_y, void* d_gate_up, i64 rows, i64 width, i64 half,
+                               void* stream) {
     return (half ? start_back<bf16> : start_back<float>)(gate_up, by_y, d_gate_up, rows, width, stream);
 }
