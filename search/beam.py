@@ -14,8 +14,9 @@ from search.tree import best, spread
 
 @dataclass(frozen=True)
 class Beam:
-    """Keeps the `width` best paths, finished or not; every round draws about width x branch children of the live ones.
+    """Keeps the `width` best paths; every round draws `branch` children for each that is not finished.
 
+    A path that finishes among the best keeps its place for good, so that an answer is never lost to a promise.
     lookahead: score a child by where greedy decoding takes it in that many more extensions.
     expand: "sample", or "top" for the likeliest next tokens, one token at a time. With "top" and no scorer paths are
     ranked by log p: at full width these are exactly the likeliest paths.
@@ -50,11 +51,12 @@ class Beam:
         judge = foresee if self.lookahead else score
         live, done = [root], []
         while live:
-            each = self.branch if self.expand == "top" else max(1, self.width * self.branch // len(live))
+            free = self.width - len(done)
+            each = self.branch if self.expand == "top" else max(1, free * self.branch // len(live))
             kids = sum(await spread(live, each, engine, judge, until, self.expand), [])
             if not kids:  # the budget is spent: what is live stays unfinished
                 break
-            pool = best(done + kids)[: self.width]
-            done = [path for path in pool if path.end]
-            live = [path for path in pool if not path.end]
+            kept = best(kids)[:free]
+            done += [path for path in kept if path.end]
+            live = [path for path in kept if not path.end]
         return best(done + [path for path in live if path.steps])

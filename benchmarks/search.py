@@ -1,0 +1,319 @@
+"""What search costs and what its estimators are worth, measured; writes benchmarks/results/search.json.
+
+estimators  error of each estimator on the toy chain at equal numbers of paths, against exact values (half a minute)
+searches    accuracy and tokens of every search on the toy chain, with an exact process reward (half a minute)
+engine      64 questions in flight on one vLLM engine: throughput of each search against plain sampling, search
+            overhead, ledger against tree minimum; its_hub on the same engine and questions if it is installed
+
+    python benchmarks/search.py [estimators] [searches] [engine] [--tasks 64] [--turns 3]
+
+The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, so that answers and costs are
+the chain's and the time is the engine's and the search's. its_hub runs in this process on the very engine object, which
+spares it the HTTP server that it is usually used with: the comparison flatters it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from search import SEARCHES, bind, estimate, explore  # noqa: E402
+from search.base import Sampling, Trajectory, derive  # noqa: E402
+from search.beam import Beam  # noqa: E402
+from search.distinct import Distinct  # noqa: E402
+from search.metrics import interval  # noqa: E402
+from search.sample import BestOf, Sample  # noqa: E402
+from search.toy import Chain, ChainEngine, same_number, trap  # noqa: E402
+from search.toy_checkpoint import write_checkpoint  # noqa: E402
+from search.tree import nodes  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "search.json"
+CHAIN = trap()
+TRUE_MASS = 0.5893
+N = 16  # paths per question
+
+
+# -- estimators -----------------------------------------------------------------------------------------------------
+
+
+def p_weights(paths):
+    return {"weights": [math.exp(path.logprob) for path in paths]}
+
+
+def target(paths):
+    def logprob(path):
+        return math.fsum(math.log(CHAIN.transition[a, b]) for a, b in zip(path.ids, path.ids[1:]))
+
+    return {"target": [logprob(path) for path in paths]}
+
+
+ESTIMATORS = {  # name: (search, sampling, method, normalise, further arguments made from the paths)
+    "majority": (Sample, {}, "vote", False, None),
+    "distinct HT": (Sample, {}, "horvitz_thompson", False, None),
+    "distinct HT, normalised": (Sample, {}, "horvitz_thompson", True, None),
+    "Gumbel top-n": (Distinct, {}, "gumbel", False, None),
+    "Gumbel top-n, normalised": (Distinct, {}, "gumbel", True, None),
+    "arithmetic": (Sample, {"arithmetic": True}, "vote", False, None),
+    "Rao-Blackwell": (Sample, {"top": 64}, "rao_blackwell", False, None),
+    "Rao-Blackwell, arithmetic": (Sample, {"top": 64, "arithmetic": True}, "rao_blackwell", False, None),
+    "T=0.7 vote": (Sample, {"temperature": 0.7}, "vote", False, None),
+    "T=0.7 importance, normalised": (Sample, {"temperature": 0.7}, "importance", True, target),
+    "wrong: distinct sum": (Sample, {}, "distinct_sum", False, None),
+    "wrong: votes x p": (Sample, {}, "weighted", True, p_weights),
+}
+
+
+def estimators(repeats: int = 300) -> list[dict]:
+    rows = []
+    for name, (search, sampling, method, normalise, extra) in ESTIMATORS.items():
+        engine = ChainEngine(CHAIN, Sampling(**sampling))
+        for n in (4, 16, 64):
+            if search is Distinct and n == 64:
+                continue  # slow on the toy and nothing new
+            masses, right = [], []
+            for seed in range(repeats):
+                paths = asyncio.run(search(n=n).run(CHAIN.root(seed), engine, None))
+                more = extra(paths) if extra else {}
+                how = {"equal": same_number, "answer": CHAIN.answer, "method": method, "normalise": normalise}
+                got = estimate(paths, **how, **more)
+                masses.append(sum(m for answer, m in got.masses.items() if same_number(answer, "18")))
+                right.append(sum(same_number(a, "18") for a in got.leaders) / max(1, len(got.leaders)))
+            rmse = float(np.sqrt(np.mean((np.array(masses) - TRUE_MASS) ** 2)))
+            bias = float(np.mean(masses) - TRUE_MASS)
+            error = float(np.std(masses, ddof=1) / math.sqrt(repeats))
+            rows.append({"estimator": name, "n": n, "rmse": rmse, "right": np.mean(right), "bias": bias, "se": error})
+            print(f"{name:30} N={n:<3} rmse {rmse:.3f}  P(right) {np.mean(right):.3f}  bias {bias:+.3f} +- {error:.3f}")
+    return rows
+
+
+# -- searches -------------------------------------------------------------------------------------------------------
+
+
+def searches(repeats: int = 100, noise: float = 0.3) -> list[dict]:
+    """Every search that needs no writing, with the exact chance of a right answer, blurred, as its process reward."""
+    chance = CHAIN.chance(lambda answer: float(same_number(answer, "18")))
+
+    async def score(path: Trajectory) -> float:
+        last = path.ids[-2] if path.end == "stop" else path.ids[-1]
+        blur = random.Random(derive(*path.ids)).gauss(0, noise)
+        return min(1.0, max(0.01, float(chance[last]) + blur))
+
+    rows = []
+    for kind, search in SEARCHES.items():
+        if kind in ("revise", "refine", "force"):
+            continue
+        right, tokens, judged = [], [], []
+        for seed in range(repeats):
+            bound = bind(search(), CHAIN.answer, same_number)
+            outcome = asyncio.run(explore(bound, CHAIN.root(seed), ChainEngine(CHAIN), score))
+            got = estimate(outcome.paths, equal=same_number, answer=CHAIN.answer, method=bound.method)
+            right.append(sum(same_number(a, "18") for a in got.leaders) / max(1, len(got.leaders)))
+            tokens.append(outcome.tree.ledger.generated)
+            judged.append(outcome.tree.ledger.judged)
+        row = {"search": kind, "right": interval(right).mean, "low": interval(right).low, "high": interval(right).high}
+        rows.append(row | {"generated": statistics.mean(tokens), "judged": statistics.mean(judged)})
+        print(f"{kind:12} right {interval(right)}  generated {rows[-1]['generated']:7.1f}  judged {rows[-1]['judged']:7.1f}")
+    return rows
+
+
+# -- engine ---------------------------------------------------------------------------------------------------------
+
+
+def prose(step: float = 1 / 16, stop: float = 1 / 6) -> Chain:
+    """Letters in lines of about 1/step tokens; after a line an answer with chance `stop`."""
+    letters, answers = [chr(97 + i) for i in range(26)], [str(i) for i in range(5)]
+    tokens = ["?", "", "\n", *letters, *answers]
+    first, last = 3, 3 + len(letters)
+    p = np.zeros((len(tokens), len(tokens)))
+    shape = np.random.default_rng(0)
+    p[1, 1] = 1
+    p[last:, 1] = 1
+    for here in [0, 2, *range(first, last)]:
+        p[here, first:last] = shape.dirichlet([0.5] * len(letters)) * (1 - (step if here >= first else 0))
+    p[first:last, 2] = step
+    p[2, first:last] *= 1 - stop
+    p[2, last:] = stop * np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    return Chain(tuple(tokens), p / p.sum(axis=1, keepdims=True), {last + i: a for i, a in enumerate(answers)})
+
+
+async def reward(path: Trajectory) -> float:
+    """A stand-in for a process reward model that costs nothing: hashed from the text."""
+    return derive(path.text) % 1000 / 1000
+
+
+def engine(tasks: int, turns: int) -> dict:
+    from rollouts.cluster import Engines, cluster
+    from rollouts.request import Placement
+
+    chain = prose()
+    draw = random.Random(0)
+    prompts = [(chain.start, *(draw.randrange(3, 29) for _ in range(8))) for _ in range(tasks)]
+    with tempfile.TemporaryDirectory() as folder, cluster("local"):
+        write_checkpoint(chain, Path(folder))
+        # On the CPU vLLM 0.32 dies when the prompts of one step exceed its token budget (2048) and requests are seeded:
+        # short prompts and 96 sequences stay below it.
+        placement = Placement(max_model_len=512, max_num_seqs=96, kv_cache_gib=0.5)
+        served = Engines.start(Path(folder), placement, Sampling(max_tokens=256), seed=1)
+        try:
+            return asyncio.run(_measure(served, chain, prompts, Path(folder), turns))
+        finally:
+            served.stop()
+
+
+async def _measure(engine, chain: Chain, prompts, folder: Path, turns: int) -> dict:
+    roots = [Trajectory(prompt, seed=i) for i, prompt in enumerate(prompts)]
+    rows = []
+
+    async def plain(turn: int) -> tuple[int, dict]:
+        roots_ = [Trajectory(root.prompt, seed=derive(root.seed, turn)) for root in roots]
+        paths = await asyncio.gather(*(engine.extend(root, n=N) for root in roots_))
+        return sum(path.sampled_tokens for each in paths for path in each), {}
+
+    def ours(search):
+        async def run(turn: int) -> tuple[int, dict]:
+            roots_ = [Trajectory(root.prompt, seed=derive(root.seed, turn)) for root in roots]
+            done = await asyncio.gather(*(explore(search, root, engine, reward) for root in roots_))
+            total = sum((outcome.tree.ledger for outcome in done[1:]), done[0].tree.ledger)
+            minimum = sum(
+                node["tokens"] for o in done for node in nodes(o.tree.record.rows) if node["parent"] is not None
+            )
+            calls = max(1, total.calls)
+            return total.generated, {
+                "generated / tree minimum": total.generated / minimum,
+                "prefilled per generated": total.prefilled / total.generated,
+                "prefilled per call": total.prefilled / calls,
+                "judged per generated": total.judged / total.generated,
+            }
+
+        return run
+
+    runs = {
+        "plain engine calls": plain,
+        "ours: self-consistency": ours(Sample(n=N)),
+        "ours: best-of-n": ours(BestOf(n=N)),
+        "ours: beam 4x4": ours(Beam(width=4, branch=4)),
+        **_its_hub(engine, chain, prompts, folder),
+    }
+    await plain(99)  # warm up
+    for name, run in runs.items():
+        seconds, tokens, facts = [], [], {}
+        for turn in range(turns):
+            begun, busy = time.perf_counter(), time.process_time()
+            generated, facts = await run(turn)
+            seconds.append(time.perf_counter() - begun)
+            tokens.append(generated / seconds[-1])
+            facts["own CPU share of wall time"] = (time.process_time() - busy) / seconds[-1]
+        rows.append({"run": name, "seconds": seconds, "tokens": generated, "tokens/s": tokens, **facts})
+        print(f"{name:32} {statistics.median(seconds):6.2f} s  {generated:7d} tokens  {statistics.median(tokens):7.0f} tok/s")
+        for fact, value in facts.items():
+            print(f"{'':34}{fact}: {value:.3f}")
+    return {"tasks": len(prompts), "n": N, "runs": rows, "load": os.getloadavg()}
+
+
+def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
+    try:
+        from its_hub.api import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel
+        from its_hub.core.algorithms.beam_search import BeamSearch
+        from its_hub.core.algorithms.bon import BestOfN
+        from its_hub.core.algorithms.self_consistency import SelfConsistency
+        from its_hub.core.lms.step_generation import StepGeneration
+        from its_hub.core.orchestrator import LMOrchestrator
+    except ImportError:
+        print("its_hub is not installed (pip install its-hub): its rows are left out")
+        return {}
+    from transformers import AutoTokenizer
+
+    from search.base import END, STEP
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+
+    class Served(AbstractLanguageModel):
+        """The same engine under its_hub's interface: text in, text out."""
+
+        generated = 0
+        calls = 0
+
+        async def agenerate_single(self, messages, stop=None, **settings):
+            said = messages[-1].content if messages[-1].role == "assistant" else ""
+            Served.calls += 1
+            ids = (chain.start, *encode(messages[0].content), *encode(said))
+            path = Trajectory(ids, seed=derive("its_hub", Served.calls))
+            (grown,) = await engine.extend(path, until=STEP if stop else END)
+            Served.generated += grown.sampled_tokens
+            text = grown.text.removesuffix(stop) if stop else grown.text
+            return {"role": "assistant", "content": text if grown.end is None else text + "<end>"}
+
+        async def agenerate(self, messages, stop=None, **settings):
+            if messages and isinstance(messages[0], list):
+                return await asyncio.gather(*(self.agenerate_single(m, stop) for m in messages))
+            return await self.agenerate_single(messages, stop)
+
+    class Outcomes(AbstractOutcomeRewardModel):
+        def score(self, messages, **settings):
+            return [derive(str(m)) % 1000 / 1000 for m in messages]
+
+        async def ascore(self, messages, orchestrator=None, **settings):
+            return self.score(messages)
+
+    class Steps(AbstractProcessRewardModel):
+        def score(self, prompt, steps):
+            return [derive(text) % 1000 / 1000 for text in steps]
+
+        async def ascore(self, prompt, steps):
+            return self.score(prompt, steps)
+
+    texts = [tokenizer.decode(prompt[1:]) for prompt in prompts]
+
+    def theirs(make):
+        async def run(turn: int) -> tuple[int, dict]:
+            Served.generated = 0
+            method, served = make(), Served()
+            await asyncio.gather(*(method.ainfer(served, text, budget=N) for text in texts))
+            return Served.generated, {}
+
+        return run
+
+    def steps():
+        return StepGeneration(max_steps=40, step_token="\n", stop_token="<end>", temperature=1.0)
+
+    return {
+        "its_hub: self-consistency": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(-1))),
+        "its_hub: the same, 32 at once": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(32))),
+        "its_hub: best-of-n": theirs(lambda: BestOfN(Outcomes(), LMOrchestrator(-1))),
+        "its_hub: beam 4x4": theirs(lambda: BeamSearch(steps(), Steps(), beam_width=4)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help="estimators, searches, engine; default: all")
+    parser.add_argument("--tasks", type=int, default=64, help="questions in flight on the engine")
+    parser.add_argument("--turns", type=int, default=3, help="repeats of each engine run; the median is shown")
+    args = parser.parse_args()
+    parts = {"estimators": estimators, "searches": searches, "engine": lambda: engine(args.tasks, args.turns)}
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"unknown part {', '.join(unknown)}: choose among {', '.join(parts)}")
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in args.parts or parts:
+        print(f"-- {name}")
+        found[name] = {"rows": parts[name](), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+        RESULTS.write_text(json.dumps(found, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
