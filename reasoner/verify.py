@@ -31,10 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gold", help="the reference: text, or a JSON object for judges that take one")
     parser.add_argument("--answer", help='the response to judge; "-" reads standard input')
     parser.add_argument("--file", type=Path, help="JSONL rows of gold, answer and expected (true or false)")
-    parser.add_argument("--selftest", metavar="NAME", help="try this judge on good, corrupted, hanging and hungry answers")
-    parser.add_argument("--policy", action="append", default=[], metavar="KEY=VALUE", help="of the judge; may be repeated")
+    parser.add_argument(
+        "--selftest", metavar="NAME", help="try this judge on good, corrupted, hanging and hungry answers"
+    )
+    parser.add_argument(
+        "--policy", action="append", default=[], metavar="KEY=VALUE", help="of the judge; may be repeated"
+    )
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds per verdict (default: 10)")
-    parser.add_argument("--load", action="append", default=[], metavar="MODULE", help="import a module that registers judges")
+    parser.add_argument(
+        "--load", action="append", default=[], metavar="MODULE", help="import a module that registers judges"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -95,7 +101,9 @@ def _read(file: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
-            raise ValueError(f'{file}:{number}: give {{"gold": ..., "answer": "...", "expected": true or false}}, not {line:.80}')
+            raise ValueError(
+                f'{file}:{number}: give {{"gold": ..., "answer": "...", "expected": true or false}}, not {line:.80}'
+            )
         rows.append({**row, "line": number})
     if not rows:
         raise ValueError(f"{file}: holds no rows")
@@ -104,7 +112,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> list[Case]:
     return [
-        Case(row["gold"], (row["answer"],) if row["expected"] else (), () if row["expected"] else (row["answer"],)) for row in rows
+        Case(row["gold"], (row["answer"],) if row["expected"] else (), () if row["expected"] else (row["answer"],))
+        for row in rows
     ]
 
 
@@ -132,7 +141,12 @@ def _print_table(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict],
     if as_json:
         table = {str(want).lower(): {kind: counts[want, kind] for kind in OUTCOMES} for want in (True, False)}
         wrong = [{**row, "outcome": _outcome(v), "found": v.answer, "why": v.why} for row, v in disagree]
-        print(json.dumps({"rows": len(rows), "right": len(rows) - len(wrong), "table": table, "disagreements": wrong}, default=str))
+        print(
+            json.dumps(
+                {"rows": len(rows), "right": len(rows) - len(wrong), "table": table, "disagreements": wrong},
+                default=str,
+            )
+        )
         return 1 if wrong else 0
     print(f"{'expected':10}" + "".join(f"{kind:>11}" for kind in OUTCOMES))
     for want in (True, False):
@@ -150,6 +164,9 @@ def _print_checks(name: str, checks: Sequence[Check], as_json: bool) -> int:
         print(json.dumps({"verifier": name, "passed": passed, "checks": [asdict(check) for check in checks]}))
     else:
         for check in checks:
-            print(f"{'FAILED' if check.against else 'ok':7} {check.name}" + (f"\n        {check.against}" if check.against else ""))
+            print(
+                f"{'FAILED' if check.against else 'ok':7} {check.name}"
+                + (f"\n        {check.against}" if check.against else "")
+            )
         print(f'verifier "{name}": {"passed" if passed else "failed"}')
     return 0 if passed else 1

@@ -10,7 +10,8 @@ The function may also ask for `reference` in place of `task`; its keyword-only p
 True or False, a score in [0, 1], a Verdict, or None to abstain. A class with the methods of `Verifier` registers in the
 same way, its fields being the policy. Installed packages add judges through the entry-point group `reasoner.verifiers`.
 
-Imports neither of the other rooms, nor torch, ray, vllm or trl; the judges themselves are imported when first asked for.
+Imports neither of the other rooms, nor torch, ray, vllm or trl; the judges themselves are imported when first asked
+for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def verifier(name: str) -> Callable[[Any], Any]:
 
     def register(judge: Any) -> Any:
         taken = _judges.get(name)
-        again = getattr(taken, "__qualname__", None) == judge.__qualname__  # the same file run anew, e.g. as __mp_main__
+        again = getattr(taken, "__qualname__", None) == judge.__qualname__  # its file run anew, as __mp_main__
         if taken is not None and not again:
             raise ValueError(f'@verifier("{name}") on {judge.__qualname__}: the name belongs to {taken}, take another')
         if "|" in name:
@@ -86,7 +87,7 @@ def _load(name: str) -> Any:
         judge = getattr(importlib.import_module(module), attribute)
     _judges[name] = judge
     if inspect.isclass(judge) and "__or__" not in vars(judge):
-        judge.__or__ = lambda first, second: FirstOf(first, second)  # so that any two judges combine: get("math") | get("judge")
+        judge.__or__ = lambda first, second: FirstOf(first, second)  # any two judges combine: get("a") | get("b")
     return judge
 
 

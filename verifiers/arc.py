@@ -1,10 +1,11 @@
 """Judges grids of ARC-AGI-1 and -2: the exact grid counts, with a set number of attempts per test input.
 
-Reference: `{"train": [{"input": G, "output": G}, ...], "test": [{"input": G, "output": G}, ...]}` as in ARC's own files.
-A response gives grids, or (`form="program"`) a Python function `transform(grid)` that is run on the test inputs in the
-sandbox. Understood are rows of digits with or without separators, JSON, `|01|23|`, in fenced blocks, in `<answer>` tags, and
-submissions `[{"attempt_1": G, "attempt_2": G}, ...]`, one entry per test input. Of plain grids the last count, one per test
-input; several attempts must be marked as such, so that listing grids is no way to try more often.
+Reference: `{"train": [{"input": G, "output": G}, ...], "test": [{"input": G, "output": G}, ...]}` as in ARC's own
+files. A response gives grids, or (`form="program"`) a Python function `transform(grid)` that is run on the test inputs
+in the sandbox. Understood are rows of digits with or without separators, JSON, `|01|23|`, in fenced blocks, in
+`<answer>` tags, and submissions `[{"attempt_1": G, "attempt_2": G}, ...]`, one entry per test input. Of plain grids
+the last count, one per test input; several attempts must be marked as such, so that listing grids is no way to try
+more often.
 Knows nothing of prompts' wording beyond its own `load`. Neighbours: `code` extracts programs, `sandbox` runs them.
 """
 
@@ -74,7 +75,7 @@ class Arc:
             score,
             all(solved),
             answer=json.dumps(answers),
-            why=f"{sum(solved)} of {len(tests)} test inputs solved; progress {', '.join(f'{gain:.2f}' for gain in gains)}",
+            why=f"{sum(solved)} of {len(tests)} test inputs solved; progress {', '.join(f'{g:.2f}' for g in gains)}",
             evidence={**evidence, "solved": tuple(solved), "progress": tuple(gains)},
         )
 
@@ -117,9 +118,9 @@ class Arc:
 def progress(given: Grid, wanted: Grid, tried: Grid) -> float:
     """The share of the way from copying the input to the output that `tried` has come, in [0, 1]; 1 only when exact.
 
-    Counted over cells: 1 - wrong(tried) / wrong(copy), so that repairing a cell that changes gains what spoiling one that
-    does not change loses, and copying earns 0. Where the shape changes there is no copy to compare with; then it is the
-    grid of the output's most frequent colour, which guesses the shape and nothing else. A wrong shape earns 0.
+    Counted over cells: 1 - wrong(tried) / wrong(copy), so that repairing a cell that changes gains what spoiling one
+    that does not change loses, and copying earns 0. Where the shape changes there is no copy to compare with; then it
+    is the grid of the output's most frequent colour, which guesses the shape and nothing else. A wrong shape earns 0.
     """
     if tried == wanted:
         return 1.0
@@ -133,7 +134,9 @@ def progress(given: Grid, wanted: Grid, tried: Grid) -> float:
 
 
 def _wrong(grid: Grid, wanted: Grid) -> int:
-    return sum(cell != right for row, rights in zip(grid, wanted, strict=True) for cell, right in zip(row, rights, strict=True))
+    return sum(
+        cell != right for row, rights in zip(grid, wanted, strict=True) for cell, right in zip(row, rights, strict=True)
+    )
 
 
 def _shape(grid: Grid) -> tuple[int, int]:

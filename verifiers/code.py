@@ -3,11 +3,12 @@
 References:
     {"kind": "call", "entry_point": "solve", "tests": [{"args": [3], "expected": 9}, ...]}     ("kwargs" optional)
     {"kind": "stdio", "tests": [{"stdin": "3\\n", "stdout": "9\\n"}, ...]}
-each with optional `time_limit_s` (per test) and `memory_limit_mb`. The response is the program, bare or in a fenced block.
+each with optional `time_limit_s` (per test) and `memory_limit_mb`. The response is the program, bare or in a fenced
+block.
 
-Expected outputs never enter the sandbox, and the program sees an input only when it is called with it. What it returns is
-read as plain data: no method of an object it made is ever asked whether it equals something. Values compare as Python's
-`==` does on plain data, with two freedoms: a tuple may stand for a list, since JSON has no tuples, and floats
+Expected outputs never enter the sandbox, and the program sees an input only when it is called with it. What it returns
+is read as plain data: no method of an object it made is ever asked whether it equals something. Values compare as
+Python's `==` does on plain data, with two freedoms: a tuple may stand for a list, since JSON has no tuples, and floats
 compare up to `tolerance`. Printed text compares by lines, without trailing blanks. A program must end with status 0.
 Knows nothing of how programs are held (`sandbox`). Grids that programs transform are judged in `arc`, through here.
 """
@@ -30,16 +31,18 @@ from verifiers import jail
 from verifiers.base import Task, Verdict
 from verifiers.sandbox import Limits, Run, Sandbox
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
 _PYTHON = ("python", "py", "python3", "")
 PASSED = "passed"
-REPLY_BYTES = 1 << 16  # beyond what the expected output needs: bounds the work of reading a reply made to be slow to read
+REPLY_BYTES = 1 << 16  # beyond what the expected output needs: bounds the cost of a reply made to be slow to read
 
 
 @dataclass(frozen=True)
 class Code:
-    """Correct means every test passed. `credit` says what the score is: "all" gives 1 or 0 and stops at the first test that
-    is not passed; "tests" gives the share of tests passed and runs them all.
+    """Correct means every test passed. `credit` says what the score is: "all" gives 1 or 0 and stops at the first test
+    that is not passed; "tests" gives the share of tests passed and runs them all.
 
     `total_limit_s` bounds all tests of one program together. `isolation` is as in `sandbox`: "none" must be asked for.
     """
@@ -137,7 +140,7 @@ class Code:
 
     def check(self, task: Task) -> None:
         _check(task)
-        shared_sandbox(self.isolation).level  # raises where the machine offers none
+        assert shared_sandbox(self.isolation).level, "NoIsolation is raised where the machine offers none"
 
     def answer(self, response: str) -> str | None:
         """The program, without comments and layout; None when there is none that parses."""
@@ -158,14 +161,16 @@ def shared_sandbox(isolation: str) -> Sandbox:
 
 
 def extract(response: str, entry_point: str | None = None) -> str | None:
-    """The program in a response: the last fenced block that defines `entry_point`, else the last one, else all of it."""
+    """The program in a response: the last fenced block that defines `entry_point`, else the last, else all of it."""
     response = response.rpartition("</think>")[2]
     fenced = [(m[2].lower(), textwrap.dedent(m[3])) for m in _FENCE.finditer(response)]
     if not fenced:
         return textwrap.dedent(response).strip("\n") if response.strip() else None
     blocks = [text for language, text in fenced if language in _PYTHON] or [text for _, text in fenced]
     if entry_point is not None:
-        defines = re.compile(rf"^(?:async def|def|class)\s+{re.escape(entry_point)}\b|^{re.escape(entry_point)}\s*=", re.M)
+        defines = re.compile(
+            rf"^(?:async def|def|class)\s+{re.escape(entry_point)}\b|^{re.escape(entry_point)}\s*=", re.M
+        )
         blocks = [text for text in blocks if defines.search(text)] or blocks
     return blocks[-1] if blocks[-1].strip() else None
 

@@ -48,7 +48,9 @@ def _task(problem: dict[str, str], sandbox: Sandbox) -> Task:
     program = "\n".join((solution, problem["test"], RECORD.format(entry_point=problem["entry_point"], encode=encode)))
     said = sandbox.script(program, stdin="", seconds=30.0)
     if said.error:
-        raise RuntimeError(f"{problem['task_id']}: its own solution does not pass its own test: {said.error} {said.stderr}")
+        raise RuntimeError(
+            f"{problem['task_id']}: its own solution does not pass its own test: {said.error} {said.stderr}"
+        )
     reference = {"kind": "call", "entry_point": problem["entry_point"], "tests": _tests(json.loads(said.stdout))}
     question = f"Complete this function. Give the whole function in a fenced block.\n\n{problem['prompt']}"
     meta = {"solution": solution, "test": problem["test"]}

@@ -4,8 +4,9 @@ Run as a script by `sandbox`, which holds the other ends of all pipes; imports t
 it, because starting it is what a cold run costs. It knows neither tests nor expected outputs.
 
     serve   pid 1 of its own user, pid, mount, net, ipc, uts and cgroup namespaces, on a read-only root. For each run it
-            receives five file descriptors and the limits, nothing else: program and inputs never pass through its memory,
-            so that a program finds no trace of an earlier one. It watches memory and processes, and kills when told to.
+            receives five file descriptors and the limits, nothing else: program and inputs never pass through its
+            memory, so that a program finds no trace of an earlier one. It watches memory and processes, and kills when
+            told to.
       |
       fork  pid 1 of a fresh pid namespace (its end is the end of all it started), fresh mount and ipc namespaces, its
             own sized tmpfs, another user without capabilities, no_new_privs, rlimits, a seccomp filter.
@@ -31,8 +32,10 @@ HEADER = struct.Struct("<QQQQ")  # memory bytes, processes, disk bytes, CPU seco
 REPORT = struct.Struct("<i8sd")  # wait status, what was exceeded ("" if nothing), CPU seconds used
 SETUP_FAILED = b"setup"  # as what was exceeded: our failure, not the program's
 INSIDE_ID = 1000  # user and group of the program inside
-PRELOAD = ("types", "re", "math", "random", "collections", "itertools", "functools", "heapq", "bisect", "string",
-           "typing", "operator", "copy", "threading", "traceback", "json", "datetime", "decimal", "fractions")  # fmt: skip
+PRELOAD = (
+    "types", "re", "math", "random", "collections", "itertools", "functools", "heapq", "bisect", "string",
+    "typing", "operator", "copy", "threading", "traceback", "json", "datetime", "decimal", "fractions",
+)  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
@@ -84,7 +87,7 @@ def _tagged(kind, text):
 
 
 def decode(data):
-    """Plain Python data from what `json.loads` makes of `encode`'s text. Raises ValueError, TypeError or KeyError for other data."""
+    """Plain data from what `json.loads` makes of `encode`'s text. Raises ValueError, TypeError or KeyError on other."""
     if isinstance(data, list):
         return [decode(part) for part in data]
     if not isinstance(data, dict):
@@ -361,8 +364,9 @@ def _read_only(path, recursive=True):
 
 
 def _seccomp_filter():
-    """A filter that refuses what no program under test needs: tracing, keyrings (not namespaced), new namespaces, mounts,
-    io_uring, bpf, memory that belongs to no process. Returns b"" for a machine whose numbers are not written down here.
+    """A filter that refuses what no program under test needs: tracing, keyrings (not namespaced), new namespaces,
+    mounts, io_uring, bpf, memory that belongs to no process. Returns b"" for a machine whose numbers are not written
+    down here.
     """
     if os.uname().machine != "x86_64":
         return b""

@@ -111,8 +111,8 @@ class Pool:
 
     `workers` run at once. Those held up by one response for more than 0.1 s do not count, so that a hanging response
     delays no other: up to `spare` further workers are forked in their place. `timeout` (seconds) is the default
-    deadline of one verdict, `policies` the judges' policies by name, `memory_mb` what one worker may map beside its imports,
-    `env` further environment variables of theirs.
+    deadline of one verdict, `policies` the judges' policies by name, `memory_mb` what one worker may map beside its
+    imports, `env` further environment variables of theirs.
     Safe to use from any thread; `close()` or the end of the process stops everything.
 
     Example:
@@ -376,8 +376,18 @@ class _Nursery:
 
     def __init__(self, memory_mb: int, env: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
-        start = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from verifiers.pool import _nursery; _nursery()"
-        command = [sys.executable, "-c", start, str(theirs.fileno()), json.dumps(sys.path), str(memory_mb), str(os.getpid())]
+        start = (
+            "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from verifiers.pool import _nursery; _nursery()"
+        )
+        command = [
+            sys.executable,
+            "-c",
+            start,
+            str(theirs.fileno()),
+            json.dumps(sys.path),
+            str(memory_mb),
+            str(os.getpid()),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True, env=env
         )
@@ -566,9 +576,7 @@ _shared: Pool | None = None
 _shared_lock = threading.Lock()
 
 
-def verify_many(
-    name: str, pairs: Iterable[tuple[Any, str]], *, timeout: float = 10.0, **policy: Any
-) -> list[Verdict]:
+def verify_many(name: str, pairs: Iterable[tuple[Any, str]], *, timeout: float = 10.0, **policy: Any) -> list[Verdict]:
     """One verdict per (reference, response), in order, in a pool shared by the process. From any thread.
 
     `timeout` is in seconds per verdict. Raises ValueError for an unknown judge or policy key, naming the nearest.
@@ -589,6 +597,7 @@ def _submit(name: str, pairs: Iterable[tuple[Any, str]], timeout: float, policy:
         if _shared is None or _shared._closed or _shared._owner != os.getpid():
             _shared = Pool()
     calls = [
-        ("verify", (Task(f"{name}/{i}", (), reference, name), response)) for i, (reference, response) in enumerate(pairs)
+        ("verify", (Task(f"{name}/{i}", (), reference, name), response))
+        for i, (reference, response) in enumerate(pairs)
     ]
     return _shared.submit(name, calls, timeout=timeout, **policy)

@@ -1,7 +1,7 @@
 """reasoning-gym's own scorers as a judge: one plug-in for every dataset of that package.
 
-The reference is `{"dataset": name, "entry": {...}}`, the entry as the dataset gave it, with its `metadata`. Scores between 0 and 1 are
-partial credit; correct means 1. Knows nothing of the tasks themselves.
+The reference is `{"dataset": name, "entry": {...}}`, the entry as the dataset gave it, with its `metadata`. Scores
+between 0 and 1 are partial credit; correct means 1. Knows nothing of the tasks themselves.
 """
 
 from __future__ import annotations

@@ -6,27 +6,30 @@
         sandbox.script(program, stdin="3\\n", seconds=1.0).stdout
 
 The caller keeps the expected outputs; they never enter the sandbox. Inputs enter one call at a time. What comes back is
-bounded JSON text, never unpickled or evaluated, and only ever a claim: whoever forges a reply must know the right output to gain by it.
-Knows nothing of tests or scores. Neighbours: `jail` is the inside; `code` and `arc` judge with it.
+bounded JSON text, never unpickled or evaluated, and only ever a claim: whoever forges a reply must know the right
+output to gain by it. Knows nothing of tests or scores. Neighbours: `jail` is the inside; `code` and `arc` judge with
+it.
 
 Levels of isolation, in each `level` and so in each verdict:
-    namespaces   own user, pid, mount, net, ipc, uts and cgroup namespaces through a warm fork server; fresh pid, mount and
-                 ipc namespaces for every run. Needs unprivileged user namespaces, or root. Nothing has to be installed.
+    namespaces   own user, pid, mount, net, ipc, uts and cgroup namespaces through a warm fork server; fresh pid, mount
+                 and ipc namespaces for every run. Needs unprivileged user namespaces, or root. Nothing has to be
+                 installed.
     bubblewrap   the same walls built by `bwrap` anew for each run, which is slower: for machines that allow new user
-                 namespaces to bwrap alone. The program shares its user with the server there, and may end it; that counts
-                 against the program.
+                 namespaces to bwrap alone. The program shares its user with the server there, and may end it; that
+                 counts against the program.
     none         rlimits only. Never chosen by itself: the program could read and write whatever this process can.
 
-What stands in the way of a program: no file of the machine but system libraries, commands and Python's standard library,
-all read-only (site-packages are hidden: they may hold benchmarks with answers); no network; no capabilities, no way to new
-ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per process by rlimit, together by the
-server's watch), processes, open files, CPU and wall-clock time, and output; its end ends all it started.
+What stands in the way of a program: no file of the machine but system libraries, commands and Python's standard
+library, all read-only (site-packages are hidden: they may hold benchmarks with answers); no network; no capabilities,
+no way to new ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per process by
+rlimit, together by the server's watch), processes, open files, CPU and wall-clock time, and output; its end ends all
+it started.
 
-What it does not stop: a hole in the kernel's system calls, which are filtered but not emulated (on processors other than
-x86-64 not filtered either); side channels such as timing and caches; loading the machine within its limits while it
-runs; a memory burst in the 10 ms between two looks of the watch, up to the number of processes times the rlimit; and a
-program that learns its inputs and guesses. Use a virtual machine around it against people; it is built against what a
-policy under optimisation finds.
+What it does not stop: a hole in the kernel's system calls, which are filtered but not emulated (on processors other
+than x86-64 not filtered either); side channels such as timing and caches; loading the machine within its limits while
+it runs; a memory burst in the 10 ms between two looks of the watch, up to the number of processes times the rlimit;
+and a program that learns its inputs and guesses. It is built against what a policy under optimisation finds; against
+people, put a virtual machine around it.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ class NoIsolation(RuntimeError):
 
 
 class Sandbox:
-    """A server for runs, one at a time; started when first needed, and again when lost. Not for several threads at once."""
+    """A server for runs, one at a time; started when first needed, and again when lost. For one thread at a time."""
 
     def __init__(self, isolation: str = "auto", limits: Limits = Limits()) -> None:
         if isolation not in ("auto", *LEVELS):
@@ -149,7 +152,8 @@ class Run:
             os.set_blocking(fd, False)
         self._to_send = {self._requests: _request(order)}
         self._got = {fd: bytearray() for fd in (self._stdout, self._stderr, self._replies)}
-        self._tails = (self._stderr,) if order["mode"] == "stdio" else (self._stderr, self._stdout)  # only the end is kept
+        tails = (self._stderr,) if order["mode"] == "stdio" else (self._stderr, self._stdout)
+        self._tails = tails  # of which only the end is kept
         self._open = set(outside)
         self._why = ""  # why it ended, once it has
         self._ended = False
@@ -309,7 +313,13 @@ class _Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "2"},
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": "/tmp",
+                "LANG": "C.UTF-8",
+                "PYTHONHASHSEED": "0",
+                "MALLOC_ARENA_MAX": "2",
+            },
             start_new_session=True,
             user=other,
             group=other,
@@ -399,7 +409,7 @@ def detect() -> str:
         except (OSError, RuntimeError) as error:
             troubles.append(str(error))
     raise NoIsolation(
-        "no isolation for running programs on this machine: allow unprivileged user namespaces "
-        "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns) "
+        "no isolation for running programs on this machine: allow unprivileged user namespaces (sysctl "
+        "user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns) "
         'or install bubblewrap; isolation="none" runs programs unprotected. Tried: ' + "; ".join(troubles)
     )

@@ -1,8 +1,8 @@
 """Tries a judge on what training will show it, and says what failed.
 
-A judge that is not deterministic, that rejects its own gold, that accepts corrupted answers or spam, or that cannot be stopped,
-teaches the policy that. Runs through the pool, as in training. Knows the form of responses for the built-in judges; for
-others the caller gives cases. Neighbours: `pool`; `reasoner verify --selftest` prints the result.
+A judge that is not deterministic, that rejects its own gold, that accepts corrupted answers or spam, or that cannot be
+stopped, teaches the policy that. Runs through the pool, as in training. Knows the form of responses for the built-in
+judges; for others the caller gives cases. Neighbours: `pool`; `reasoner verify --selftest` prints the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from verifiers.pool import Pool
 
 DEADLINE_S = 2.0
 SLACK_S = 0.25
-SPAM = ("", " ", ":", "\n\n", "Solution", "Let's think step by step.", "Answer:", "\\boxed{}", "0=0", "<answer></answer>", "```\n```")
+SPAM = (
+    "",
+    " ",
+    ":",
+    "\n\n",
+    "Solution",
+    "Let's think step by step.",
+    "Answer:",
+    "\\boxed{}",
+    "0=0",
+    "<answer></answer>",
+    "```\n```",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,12 @@ def _against(pairs: Sequence[tuple[Any, str]], verdicts: Sequence[Verdict], want
 
 
 def _same(left: Verdict, right: Verdict) -> bool:
-    return (left.status, left.score, left.correct, left.answer) == (right.status, right.score, right.correct, right.answer)
+    return (left.status, left.score, left.correct, left.answer) == (
+        right.status,
+        right.score,
+        right.correct,
+        right.answer,
+    )
 
 
 def _differs(pairs: Sequence[tuple[Any, str]], before: Sequence[Verdict], after: Sequence[Verdict]) -> str:
@@ -113,7 +130,10 @@ _MIRROR = {
     "train": [{"input": [[1, 2], [0, 3]], "output": [[2, 1], [3, 0]]}],
     "test": [{"input": [[4, 0, 0], [5, 6, 0]], "output": [[0, 0, 4], [0, 6, 5]]}],
 }
-_SUM = {"dataset": "chain_sum", "entry": {"question": "4 - 1 - 7 =", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}}}
+_SUM = {
+    "dataset": "chain_sum",
+    "entry": {"question": "4 - 1 - 7 =", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}},
+}
 
 CASES: dict[str, tuple[Case, ...]] = {
     "math": (
@@ -123,14 +143,26 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("x^2 - 1", ("\\boxed{(x-1)(x+1)}",), ("\\boxed{x^2 + 1}",)),
     ),
     "code": (
-        Case(_SQUARE, ("def square(x): return x * x",), ("def square(x): return 9", "import os\nos._exit(0)", "square = 9")),
+        Case(
+            _SQUARE,
+            ("def square(x): return x * x",),
+            ("def square(x): return 9", "import os\nos._exit(0)", "square = 9"),
+        ),
         Case(_DOUBLE, ("print(2 * int(input()))",), ("print(6); 1 / 0", "print(5)", "raise SystemExit")),
     ),
     "arc": (
-        Case(_MIRROR, ("0 0 4\n0 6 5", "[[0,0,4],[0,6,5]]"), ("4 0 0\n5 6 0", "0 0 4\n0 6", "0 0 4\n0 6 5\n\n0 0 4\n0 6 6")),
+        Case(
+            _MIRROR,
+            ("0 0 4\n0 6 5", "[[0,0,4],[0,6,5]]"),
+            ("4 0 0\n5 6 0", "0 0 4\n0 6", "0 0 4\n0 6 5\n\n0 0 4\n0 6 6"),
+        ),
     ),
-    "reasoning_gym": (Case(_SUM, ("-4", "<answer>-4</answer>"), ("4", "-5", "<answer>-4</answer> <answer>4</answer>")),),
+    "reasoning_gym": (
+        Case(_SUM, ("-4", "<answer>-4</answer>"), ("4", "-5", "<answer>-4</answer> <answer>4</answer>")),
+    ),
 }
+
+CASES["process_math"] = CASES["math"]
 
 HOSTILE_TEXT = (
     "\\boxed{10^{10^{10}}}",

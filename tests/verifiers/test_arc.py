@@ -1,4 +1,4 @@
-"""Grids: copying earns nothing, only marked attempts count as attempts, and every usual way of writing a grid is read."""
+"""Grids: copying earns nothing, only marked attempts count as attempts, every usual way of writing a grid is read."""
 
 import csv
 import json
@@ -146,7 +146,12 @@ def test_program_that_transforms_grids_is_run_on_the_test_inputs():
     assert said.correct is True and said.evidence["isolation"] in ("namespaces", "bubblewrap")
     assert verdict("def transform(grid): return grid", form="program", partial=0.5).score == 0.0
     assert verdict("def transform(grid): 1 / 0", form="program").why.startswith("ZeroDivisionError")
-    assert verdict("class G(list):\n  def __eq__(s, o): return True\ndef transform(g): return G(g)", form="program").correct is False
+    assert (
+        verdict(
+            "class G(list):\n  def __eq__(s, o): return True\ndef transform(g): return G(g)", form="program"
+        ).correct
+        is False
+    )
 
 
 def test_tasks_of_a_folder_are_loaded_and_outputs_stay_out_of_the_prompt(tmp_path):
@@ -158,7 +163,10 @@ def test_tasks_of_a_folder_are_loaded_and_outputs_stay_out_of_the_prompt(tmp_pat
         load(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("reference", ["grid", {}, {"test": []}, {"test": [{"input": [[1]]}]}, {"test": [{"input": [[1]], "output": [[10]]}]}])
+@pytest.mark.parametrize(
+    "reference",
+    ["grid", {}, {"test": []}, {"test": [{"input": [[1]]}]}, {"test": [{"input": [[1]], "output": [[10]]}]}],
+)
 def test_unreadable_reference_is_named(reference):
     with pytest.raises(ValueError, match="task/3"):
         Arc().check(Task("task/3", (), reference, "arc"))

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs stand on one line each)
 """Honest programs are accepted, wrong ones refused, and references that cannot be read are named."""
 
 import json
@@ -14,7 +15,12 @@ JUDGE = Code()
 
 
 def call(tests, entry_point="solve", **limits):
-    return {"kind": "call", "entry_point": entry_point, "tests": [{"args": a, "expected": e} for a, e in tests], **limits}
+    return {
+        "kind": "call",
+        "entry_point": entry_point,
+        "tests": [{"args": a, "expected": e} for a, e in tests],
+        **limits,
+    }
 
 
 def stdio(*tests, **limits):

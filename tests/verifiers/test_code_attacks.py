@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs stand on one line each)
 """Programs that try to be accepted without solving the task, or to harm the machine. None may be accepted; nothing may be left."""
 
 import os
@@ -15,7 +16,11 @@ CALL = {
     "tests": [{"args": [3], "expected": 9}, {"args": [-4], "expected": 16}],
     "time_limit_s": 0.7,
 }
-STDIO = {"kind": "stdio", "tests": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "-4\n", "stdout": "16\n"}], "time_limit_s": 0.7}
+STDIO = {
+    "kind": "stdio",
+    "tests": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "-4\n", "stdout": "16\n"}],
+    "time_limit_s": 0.7,
+}
 JUDGE = Code()
 SLACK_S = 0.8  # on a machine that is busy with other tests; `make bench-verifiers` measures it on a quiet one
 

@@ -37,7 +37,9 @@ def moody(task, response, *, mood="fair"):
         case "pid":
             return Verdict("scored", 1.0, True, answer=str(os.getpid()))
         case "modules":
-            return Verdict("scored", 1.0, True, answer=" ".join(m for m in ("torch", "ray", "vllm", "trl") if m in sys.modules))
+            return Verdict(
+                "scored", 1.0, True, answer=" ".join(m for m in ("torch", "ray", "vllm", "trl") if m in sys.modules)
+            )
         case "print":
             print("noise")
         case "mood":
@@ -119,7 +121,9 @@ def test_event_loop_is_not_held_up(pool):
     async def both():
         task = Task("t", (), "yes", "moody")
         load = pool.verify(task, ["x" * 3000] * 2000 + ["hang"], timeout=0.3)
-        stall, said, more = await asyncio.gather(longest_stall(), load, verify_many_async("moody", [("yes", "yes")] * 100))
+        stall, said, more = await asyncio.gather(
+            longest_stall(), load, verify_many_async("moody", [("yes", "yes")] * 100)
+        )
         assert len(said) == 2001 and said[-1].status == "failed" and all(v.correct for v in more)
         return stall
 
@@ -239,13 +243,17 @@ def test_judge_in_a_script_serves_and_its_noise_stays_off_stdout(tmp_path):
 
 def test_many_threads_share_one_pool():
     with ThreadPoolExecutor(8) as threads:
-        said = list(threads.map(lambda i: verify_many("moody", [("yes", "yes" if i % 2 else "no")])[0].correct, range(200)))
+        said = list(
+            threads.map(lambda i: verify_many("moody", [("yes", "yes" if i % 2 else "no")])[0].correct, range(200))
+        )
     assert said == [bool(i % 2) for i in range(200)]
 
 
 def test_pool_works_off_the_main_thread():
     said = []
-    thread = threading.Thread(target=lambda: said.extend(verify_many("moody", [("yes", "yes"), ("yes", "hang")], timeout=0.2)))
+    thread = threading.Thread(
+        target=lambda: said.extend(verify_many("moody", [("yes", "yes"), ("yes", "hang")], timeout=0.2))
+    )
     thread.start()
     thread.join(timeout=5)
     assert [v.status for v in said] == ["scored", "failed"]

@@ -23,8 +23,9 @@ def parity(task, response):
 
 @verifier("registry: says")
 def says(response, reference, *, value=None):
-    return {"true": True, "false": False, "half": 0.5, "none": None, "numpy": np.bool_(True), "float": np.float64(0.25),
-            "over": 1.5, "nan": float("nan"), "text": "yes", "verdict": Verdict.abstain("by itself")}.get(response, value)  # fmt: skip
+    answers = {"true": True, "false": False, "half": 0.5, "none": None, "numpy": np.bool_(True), "text": "yes"}
+    answers |= {"float": np.float64(0.25), "over": 1.5, "nan": float("nan"), "verdict": Verdict.abstain("by itself")}
+    return answers.get(response, value)
 
 
 @verifier("registry: other names")
@@ -136,14 +137,17 @@ def test_entry_points_of_installed_packages_are_known(monkeypatch):
     assert verdict("registry: installed", "7").correct is True
 
 
-@pytest.mark.parametrize("name", ["math", "code", "arc", "reasoning_gym"])
+@pytest.mark.parametrize("name", ["math", "process_math", "code", "arc", "reasoning_gym"])
 def test_built_in_judge_has_every_method(name):
     judge = get(name)
     assert all(callable(getattr(judge, method)) for method in ("verify", "check", "answer", "equal"))
 
 
 def test_reasoning_gym_scores_by_its_own_rule():
-    reference = {"dataset": "chain_sum", "entry": {"question": "", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}}}
+    reference = {
+        "dataset": "chain_sum",
+        "entry": {"question": "", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}},
+    }
     assert verdict("reasoning_gym", "so <answer>-4</answer>", reference).correct is True
     assert verdict("reasoning_gym", "so <answer>4</answer>", reference).correct is False
     assert verdict("reasoning_gym", "", reference).correct is False
@@ -168,7 +172,11 @@ def hashed(task, response):
 
 def test_selftest_finds_a_judge_that_accepts_spam():
     checks = {c.name: c.against for c in selftest("registry: gullible", [Case("7", ("7",), ("8", "\\boxed{8}"))])}
-    assert not checks["accepts the gold"] and checks["refuses corrupted answers"] and checks["accepts no empty or spam string"]
+    assert (
+        not checks["accepts the gold"]
+        and checks["refuses corrupted answers"]
+        and checks["accepts no empty or spam string"]
+    )
 
 
 def test_selftest_finds_a_judge_that_depends_on_the_hash_seed():
@@ -178,7 +186,9 @@ def test_selftest_finds_a_judge_that_depends_on_the_hash_seed():
     assert not checks["gives the same verdict in another order"]
 
 
-@pytest.mark.parametrize("name", ["math", "arc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("code", "reasoning_gym"))])
+@pytest.mark.parametrize(
+    "name", ["math", "process_math", "arc", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_built_in_judge_passes_its_selftest(name):
     assert [check for check in selftest(name) if check.against] == []
 
@@ -208,7 +218,9 @@ def test_command_prints_a_confusion_table_and_every_disagreement(tmp_path, capsy
     status, out, _ = command("--file", str(file), "--json", capsys=capsys)
     said = json.loads(out)
     assert status == 1 and said["right"] == 2 and [row["line"] for row in said["disagreements"]] == [2]
-    assert said["table"]["true"]["accepted"] == said["table"]["true"]["refused"] == said["table"]["false"]["refused"] == 1
+    assert (
+        said["table"]["true"]["accepted"] == said["table"]["true"]["refused"] == said["table"]["false"]["refused"] == 1
+    )
     status, out, _ = command("--file", str(file), capsys=capsys)
     assert "2 of 3 as expected" in out and "line 2" in out
 
