@@ -989,6 +989,17 @@ def math_verify_judge() -> Callable[[str, str], bool | None] | None:
     return judge
 
 
+def measured(rows: int, seed: int = 0, against: int = 1000) -> dict[str, dict]:
+    """Figures of the own judge on all rows and of math-verify on an even sample of `against` of them, in one run."""
+    made = list(cases(rows, seed))
+    results = {"reasoner": judged(made, own)}
+    other = math_verify_judge() if against else None
+    if other is not None:
+        sample = random.Random(seed).sample(made, min(against, len(made)))
+        results["math-verify"] = judged(sample, other)
+    return results
+
+
 TITLES = ("rows", "per second", "median ms", "p99 ms", "false accepts", "false refusals", "undecided")
 
 
@@ -1000,11 +1011,7 @@ def main() -> None:
     options.add_argument("--show", type=int, default=0, help="print this many disagreements of the own judge")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
-    rows = list(cases(chosen.rows, chosen.seed))
-    results = {"reasoner": judged(rows, own)}
-    other = math_verify_judge() if chosen.against else None
-    if other is not None:
-        results["math-verify"] = judged(rows[:: max(1, len(rows) // chosen.against)], other)
+    results = measured(chosen.rows, chosen.seed, chosen.against)
     for case, got in results["reasoner"]["wrong"][: chosen.show]:
         print(f"{case.family:16} {'EQUAL' if case.equal else 'DIFFERENT'} judged {got}: {case.gold}  ||  {case.answer}")
     print(" ".join(["judge       ", *(f"{title:>16}" for title in TITLES)]))

@@ -13,7 +13,7 @@ A tree is a tuple whose first entry names its kind:
     ("pct", a)  ("deg", a)  ("unit", a, unit)  ("based", digits, base)  ("ratio", *t)
     ("tuple", *t)  ("bracket", *t)  ("set", *t)  ("list", *t)  ("interval", lo, hi, lo_closed, hi_closed)
     ("union", *t)  ("meet", *t)  ("minus", a, b)  ("matrix", rows)  ("rel", operators, *t)  ("reals",)  ("empty",)
-    ("text", words)
+
 """
 
 from __future__ import annotations
@@ -247,6 +247,11 @@ class _Reader:
             return True
         return False
 
+    def descend(self) -> None:
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise Unreadable(f"deeper than {DEPTH}")
+
     def need(self, op: str) -> None:
         if not self.take(op):
             raise Unreadable(f"{op!r} is missing")
@@ -262,21 +267,13 @@ class _Reader:
         return items[0] if len(items) == 1 else ("list", *items)
 
     def separator(self) -> bool:
-        found = False
-        while self.here is not None and (
-            self.sees(",", ";", "or", "and")
-            or (
-                self.here.kind in ("word", "text") and self.here.text.strip(" ,").lower() in ("and", "or", "", "and/or")
-            )
-        ):
+        start = self.at
+        while self.here is not None and (self.sees(",", ";", "or", "and") or _joins(self.here)):
             self.at += 1
-            found = True
-        return found
+        return self.at > start
 
     def statement(self) -> Tree:
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"deeper than {DEPTH}")
+        self.descend()
         parts, ops = [self.ratio()], []
         while self.here is not None and self.sees("=", "<", ">", "<=", ">=", "!=", "∈", "≈"):
             ops.append(self.here.text)
@@ -317,9 +314,7 @@ class _Reader:
         return self.with_unit(tree)
 
     def product(self) -> Tree:
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"deeper than {DEPTH}")
+        self.descend()
         if self.sees("+", "-", "±"):
             op = self.here.text
             self.at += 1
@@ -360,9 +355,7 @@ class _Reader:
         return self.power()
 
     def signed_power_bounded(self) -> Tree:
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"deeper than {DEPTH}")
+        self.descend()
         tree = self.signed_power()
         self.depth -= 1
         return tree
@@ -414,7 +407,7 @@ class _Reader:
         token = self.here
         if token is None or not (token.kind in ("word", "text") or (token.kind == "op" and token.text in ("°", "/"))):
             return tree
-        if token.kind in ("word", "text") and token.text.strip(" ,").lower() in ("and", "or", "and/or", ""):
+        if _joins(token):
             return tree
         start, words = self.at, []
         while self.here is not None:
@@ -484,9 +477,7 @@ class _Reader:
         return self.atom()
 
     def exponent_bounded(self) -> Tree:
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"deeper than {DEPTH}")
+        self.descend()
         tree = self.exponent()
         self.depth -= 1
         return tree
@@ -524,9 +515,7 @@ class _Reader:
         token = self.here
         if token is None:
             raise Unreadable("the formula ends too early")
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"deeper than {DEPTH}")
+        self.descend()
         self.at += 1
         tree = getattr(self, "_" + token.kind)(token)
         self.depth -= 1
@@ -588,8 +577,6 @@ class _Reader:
             return ("const", "inf")
         if word in _GREEK:
             return self.symbol(word)
-        if word in ("sqrt",):
-            return self.call(word)
         if len(word) > 3 or word in _WORDS:
             split = re.fullmatch(r"([A-Za-z]?)(sqrt|pi)([A-Za-z]?)", word)
             if not split:
@@ -608,18 +595,12 @@ class _Reader:
         if not rest:
             return first
         self.tokens.insert(self.at, Token("word", rest, False))
-        if rest in FUNCTIONS or len(rest) <= 3:
-            return (
-                _times(first, self.power())
-                if len(rest) == 1 or rest in FUNCTIONS
-                else _times(first, self.letters_next())
-            )
-        raise Unreadable(f"{word!r} is no product of symbols")
-
-    def letters_next(self) -> Tree:
-        token = self.here
+        if len(rest) > 3 and rest not in FUNCTIONS:
+            raise Unreadable(f"{word!r} is no product of symbols")
+        if len(rest) == 1 or rest in FUNCTIONS:
+            return _times(first, self.power())
         self.at += 1
-        return self.letters(token.text)
+        return _times(first, self.letters(rest))
 
     def plain_letter(self, letter: str) -> Tree:
         return ("const", letter) if letter in "ei" else ("sym", letter)
@@ -929,6 +910,11 @@ class _Reader:
         self.at += 1
         self.need("}")
         return ("list", *items)
+
+
+def _joins(token: Token) -> bool:
+    """Whether a word separates statements."""
+    return token.kind in ("word", "text") and token.text.strip(" ,").lower() in ("and", "or", "and/or", "")
 
 
 def _times(left: Tree, right: Tree) -> Tree:

@@ -84,7 +84,7 @@ def near(left: Tree, right: Tree, tolerance: float) -> bool:
 def finished(tree: Tree) -> bool:
     """Whether no arithmetic on plain numbers is left to do: 7, 3/4, 2 sqrt(3) are finished; 3 + 4, 6/8 are not."""
     kind = tree[0]
-    if kind in ("num", "sym", "const", "text", "based", "reals", "empty"):
+    if kind in ("num", "sym", "const", "based", "reals", "empty"):
         return True
     if kind == "matrix":
         return all(finished(entry) for row in tree[1] for entry in row)

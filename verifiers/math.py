@@ -1,11 +1,13 @@
 r"""Judges a final answer against a mathematical reference.
 
-Layers, cheapest first: the answer's text is found (`verifiers.extract`), read into a tree by this room's own parser
-(`verifiers.reading`, `verifiers.expression`; model text is never evaluated), compared by its kind (here: numbers,
-quantities, lists, sets, intervals, relations, matrices, choices, words) and its numbers by exact arithmetic, proof
-or evaluation (`verifiers.numbers`). Every step is bounded by counted work; nothing uses signals, clocks or shared
-state, so a `Math` may be called from any thread. Knows nothing of how the response was made. Limit: what it can
-read but not compare (a sum, an integral) it abstains from.
+The answer's text is found (`verifiers.extract`) and read into trees by this room's own parser (`verifiers.reading`,
+`verifiers.expression`, `verifiers.units`); what it says is settled (`verifiers.settle`) and compared here by its kind:
+choices, words, lists, sets, intervals (`verifiers.regions`), relations, matrices, quantities and, last, numbers, by
+exact arithmetic, proof or evaluation (`verifiers.proof`, `verifiers.forms`).
+
+Model text is never evaluated. Every step is bounded by counted work; nothing uses signals or clocks, so a `Math` may
+be called from any thread. Knows nothing of how the response was made.
+Limit: what it can read but not compare (a sum, an integral, an inequality of second degree) it abstains from.
 """
 
 from __future__ import annotations
@@ -176,6 +178,7 @@ class Math:
     # -- comparison by kind -------------------------------------------------------------------------------------------
 
     def _same(self, left: Tree, right: Tree) -> bool | None:
+        numbers.spend(0.25)
         try:
             return self._settled(settle(left, self._same), settle(right, self._same))
         except Refused:
@@ -240,10 +243,9 @@ class Math:
     def _without_region(self, left: Tree, right: Tree) -> bool | None:
         """Sets with symbols in them, and inequalities in several unknowns, part by part."""
         if left[0] != right[0]:
-            comparable = {left[0], right[0]} <= SETS | {"rel", "tuple", "bracket"} and (
-                "rel" in (left[0], right[0]) or _open(left) or _open(right)
-            )
-            return None if comparable else False
+            kinds = {left[0], right[0]}
+            unsolved = "rel" in kinds or _open(left) or _open(right)
+            return None if unsolved and kinds <= SETS | {"rel", "tuple", "bracket"} else False
         if left[0] == "rel":
             return _same_relation(left, right)
         if len(left) != len(right):
@@ -302,11 +304,8 @@ class Math:
         matrix, other = (left, right) if left[0] == "matrix" else (right, left)
         rows = matrix[1]
         if all(part[0] in ("bracket", "tuple") for part in other[1:]):  # [[1, 2], [3, 4]]
-            return (
-                self._matrices(matrix, ("matrix", tuple(part[1:] for part in other[1:])))
-                if len({len(part) for part in other[1:]}) == 1
-                else False
-            )
+            same_length = len({len(part) for part in other[1:]}) == 1
+            return same_length and self._matrices(matrix, ("matrix", tuple(part[1:] for part in other[1:])))
         entries = tuple(row[0] for row in rows) if len(rows[0]) == 1 else rows[0] if len(rows) == 1 else ()
         if not entries or other[0] not in ("tuple", "bracket") or len(entries) != len(other) - 1:
             return False
@@ -332,12 +331,8 @@ class Math:
             return False
         if known_a.scale == known_b.scale:
             return self._numbers(a, b)
-        return self._numbers(
-            ("mul", ("num", known_a.scale / known_b.scale, 0), a)
-            if a[0] != "num"
-            else ("num", a[1] * known_a.scale / known_b.scale, a[2]),
-            b,
-        )
+        scale = known_a.scale / known_b.scale
+        return self._numbers(("num", a[1] * scale, a[2]) if a[0] == "num" else ("mul", ("num", scale, 0), a), b)
 
     def _numbers(self, left: Tree, right: Tree) -> bool | None:
         if left == right:
@@ -345,15 +340,9 @@ class Math:
         exact = proof.equal(left, right)
         if exact:
             return True
-        if (
-            left[0] == "deg" != right[0]
-            and self.units != "required"
-            or right[0] == "deg" != left[0]
-            and self.units != "required"
-        ):
-            bare = proof.equal(left[1] if left[0] == "deg" else left, right[1] if right[0] == "deg" else right)
-            if bare:
-                return True
+        if (left[0] == "deg") != (right[0] == "deg") and self.units != "required":
+            if proof.equal(*(side[1] if side[0] == "deg" else side for side in (left, right))):
+                return True  # 90 degrees without the sign
         if self.form == "any" and rounded(left, right, self.digits):
             return True
         if self.tolerance and near(left, right, self.tolerance):
@@ -445,11 +434,8 @@ def _ratios(left: Tree, right: Tree) -> bool | None:
         a, b = left[1:], right[1:]
         if len(a) != len(b):
             return False
-        return (
-            _all(proof.equal(("mul", x, b[0]), ("mul", y, a[0])) for x, y in zip(a, b, strict=True))
-            if left != right
-            else True
-        )
+        crossed = (proof.equal(("mul", x, b[0]), ("mul", y, a[0])) for x, y in zip(a, b, strict=True))
+        return left == right or _all(crossed)
     ratio, other = (left, right) if left[0] == "ratio" else (right, left)
     if len(ratio) != 3 or other[0] in COLLECTIONS:
         return False
@@ -461,10 +447,8 @@ def _ratios(left: Tree, right: Tree) -> bool | None:
 
 def _golds(task: Task) -> tuple[Reading, ...]:
     reference = task.reference
-    texts = (
-        (reference,) if isinstance(reference, str) else tuple(reference) if isinstance(reference, (list, tuple)) else ()
-    )
-    if not texts or not all(isinstance(text, str) for text in texts):
+    texts = (reference,) if isinstance(reference, str) else reference
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"task {task.id}: reference {reference!r} is no answer: give a string or a list of alternative strings"
         )
