@@ -101,11 +101,19 @@ def dtype_misfit(*tensors: torch.Tensor) -> str | None:
 
 
 def define(schema: str, run: Callable, fake: Callable) -> Callable:
-    """Make `run` the op reasoner::NAME of `schema` on CPU and GPU, `fake` its shape rule; returns the op."""
+    """Make `run` the op reasoner::NAME of `schema` on CPU and GPU, `fake` its shape rule; returns the op.
+
+    Autocast is off inside `run`: it would round the products of a reference to bf16.
+    """
     name = schema.split("(")[0]
     _ops.define(schema)
+
+    def exactly(x: torch.Tensor, *rest: object) -> object:
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *rest)
+
     for key in ("CPU", "CUDA"):
-        _ops.impl(name, run, key)
+        _ops.impl(name, exactly, key)
     torch.library.register_fake(f"reasoner::{name}", fake, lib=_ops)
     return getattr(torch.ops.reasoner, name)
 

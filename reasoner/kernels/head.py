@@ -48,14 +48,14 @@ def _chunks(hidden_TH: Tensor, vocabulary: int) -> range:
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 at least: on a GPU the tensor cores' own accumulator, elsewhere the inputs are widened."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return reference.wide(a) @ reference.wide(b)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the epilogue of the product where this torch can: `total` is then read and written once."""
-    if total.dtype != a.dtype and a.is_cuda and _adds_in_float32(a.device):
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16 and _adds_in_float32(a.device):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _matmul(a, b)
@@ -73,7 +73,7 @@ def _adds_in_float32(device: torch.device) -> bool:
 
 def _put_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, rounded once."""
-    if a.is_cuda:
+    if a.is_cuda and out.dtype == a.dtype == b.dtype:
         torch.mm(a, b, out=out)
     else:
         out.copy_(_matmul(a, b))

@@ -1,9 +1,11 @@
 """MLA decode: the kernel in the emulator against the specification."""
 
+import ctypes
+
 import pytest
 import torch
 
-from reasoner.kernels import latent_decode, reference, using
+from reasoner.kernels import build, latent_decode, reference, using
 from reasoner.kernels.decode import splits_for
 
 CASES = [  # lengths, queries, heads, latent, rotary, page
@@ -64,6 +66,20 @@ def test_splits_change_nothing(splits, monkeypatch):
         got = latent_decode(*given)
     assert_rounded(got, exact(*given))
     assert got[1].abs().max() == 0
+
+
+@pytest.mark.parametrize(("queries", "splits"), [(1, 1), (2, 1), (2, 3)])
+def test_every_cached_row_is_read_once_whatever_the_queries(queries, splits, monkeypatch):
+    monkeypatch.setattr("reasoner.kernels.decode.splits_for", lambda *_: splits)
+    lengths, heads, width = [150, 64, 9], 3, 160
+    given = inputs(lengths, queries, heads, 128, 32, 32)
+    library = build.load(build.SOURCES / "decode.cu", build.EMULATOR)
+    library.take_copied_bytes.restype = ctypes.c_longlong
+    library.take_copied_bytes()
+    with using("emulate"):
+        latent_decode(*given)
+    of_queries = len(lengths) * splits * queries * heads
+    assert library.take_copied_bytes() == 2 * width * (sum(lengths) + of_queries)
 
 
 def test_later_query_sees_one_token_more():

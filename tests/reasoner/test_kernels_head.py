@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reasoner.kernels import head, reference, token_logprob, using
 
@@ -102,6 +103,43 @@ def test_entry_of_zero_probability_leaves_entropy_finite(mode):
         (d_hidden, d_weight) = torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight))
     assert logprob.item() == pytest.approx(-math.log(2)) and entropy.item() == pytest.approx(math.log(2))
     assert d_weight.isfinite().all() and d_weight[2] == 0
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["reference", "emulate"])
+def test_logits_are_never_whole_in_memory(mode):
+    given = inputs(8, 4, 8192)
+    with using(mode), Largest() as largest:
+        with_gradients(token_logprob, *given)
+    assert largest.elements == 4 * 8192  # the weight's gradient; a chunk of logits is smaller, all logits would be 8 * 8192
+
+
+def test_autocast_does_not_round_the_logits():
+    given = inputs(5, 16, 97)
+    want = with_gradients(token_logprob, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_gradients(token_logprob, *given)
+    assert_close(got, want, 1e-6)
+
+
+def test_hidden_and_weight_of_different_types_are_multiplied_in_the_wider():
+    hidden, weight, target = inputs(4, 8, 50)
+    got = with_gradients(token_logprob, hidden.detach().bfloat16().requires_grad_(), weight, target)
+    want = with_gradients(token_logprob, hidden.detach().bfloat16().float().requires_grad_(), weight, target)
+    assert_close(got[:2], want[:2], 1e-6)
+    assert got[2].dtype == torch.bfloat16 and got[3].dtype == torch.float32
 
 
 def test_target_past_the_vocabulary_is_nan_not_a_number():

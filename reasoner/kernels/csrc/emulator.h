@@ -115,6 +115,7 @@ struct Machine {
     Dim grid{}, block{};
     std::function<void()> body;
     char error[256] = "";
+    long long copied_bytes = 0;
 
     uint32_t next() {  // xorshift64*
         random ^= random >> 12, random ^= random << 25, random ^= random >> 27;
@@ -167,6 +168,7 @@ inline void land(const PendingCopy& copy) {
 // a real one may land at any time until it is waited for
 inline void copy_async(void* to, const void* from, int bytes) {
     PendingCopy copy{to, from, bytes, machine.current->group};
+    if (from) machine.copied_bytes += bytes;
     machine.next() % 2 ? land(copy) : machine.current->copies.push_back(copy);
 }
 
@@ -281,4 +283,10 @@ inline int run(Dim grid, int threads, size_t shared_bytes, std::function<void()>
 
 extern "C" inline __attribute__((used, visibility("default"))) void set_thread_order(long long seed) {
     emulator::machine.random = 0x9E3779B97F4A7C15ULL * (2 * static_cast<uint64_t>(seed) + 1);
+}
+// Bytes that asynchronous copies have read from global memory since the last time this was asked.
+extern "C" inline __attribute__((used, visibility("default"))) long long take_copied_bytes() {
+    long long bytes = emulator::machine.copied_bytes;
+    emulator::machine.copied_bytes = 0;
+    return bytes;
 }
