@@ -1,6 +1,6 @@
 r"""The math verifier beside math-verify: verdicts on generated truth tables, and verifications per second in one run.
 
-    python benchmarks/verifiers_math.py [--rows 4000] [--seed 0] [--out benchmarks/results/verifiers_math.json]
+    python -m benchmarks.verifiers_math [--rows 4000] [--seed 0] [--out benchmarks/results/verifiers_math.json]
 
 `cases` makes golds of the kinds that public data sets hold (numbers, radicals, quantities, lists, intervals,
 relations, matrices, bases ...), their true variants and their near misses (a digit, the sign, the unit, the order,
