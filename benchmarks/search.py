@@ -126,7 +126,8 @@ def searches(repeats: int = 100, noise: float = 0.3) -> list[dict]:
             judged.append(outcome.tree.ledger.judged)
         row = {"search": kind, "right": interval(right).mean, "low": interval(right).low, "high": interval(right).high}
         rows.append(row | {"generated": statistics.mean(tokens), "judged": statistics.mean(judged)})
-        print(f"{kind:12} right {interval(right)}  generated {rows[-1]['generated']:7.1f}  judged {rows[-1]['judged']:7.1f}")
+        cost = f"generated {rows[-1]['generated']:7.1f}  judged {rows[-1]['judged']:7.1f}"
+        print(f"{kind:12} right {interval(right)}  {cost}")
     return rows
 
 
@@ -218,7 +219,8 @@ async def _measure(engine, chain: Chain, prompts, folder: Path, turns: int) -> d
             tokens.append(generated / seconds[-1])
             facts["own CPU share of wall time"] = (time.process_time() - busy) / seconds[-1]
         rows.append({"run": name, "seconds": seconds, "tokens": generated, "tokens/s": tokens, **facts})
-        print(f"{name:32} {statistics.median(seconds):6.2f} s  {generated:7d} tokens  {statistics.median(tokens):7.0f} tok/s")
+        middle = statistics.median
+        print(f"{name:32} {middle(seconds):6.2f} s  {generated:7d} tokens  {middle(tokens):7.0f} tok/s")
         for fact, value in facts.items():
             print(f"{'':34}{fact}: {value:.3f}")
     return {"tasks": len(prompts), "n": N, "runs": rows, "load": os.getloadavg()}

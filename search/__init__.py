@@ -40,6 +40,7 @@ from search.refine import Refine
 from search.rejection import Rejection
 from search.revise import Revise
 from search.sample import BestOf, Sample
+from search.self_score import SelfScore
 from search.tree import Ledger, Outcome, Tree, explore
 
 SEARCHES: dict[str, type] = {
@@ -75,5 +76,5 @@ def find(kind: str) -> type:
 
 __all__ = ["END", "STEP", "TOKENS", "SEARCHES", "Adaptive", "Alternative", "AtK", "Beam", "BestOf", "CotDecoding"]
 __all__ += ["Distinct", "Dvts", "Engine", "Estimate", "Force", "Ledger", "Mcts", "Outcome", "Particle", "Rebase"]
-__all__ += ["Refine", "Rejection", "Revise", "Sample", "Sampling", "Score", "Search", "Step", "Trajectory", "Tree"]
+__all__ += ["Refine", "Rejection", "Revise", "Sample", "Sampling", "Score", "Search", "SelfScore", "Step", "Trajectory", "Tree"]
 __all__ += ["Until", "again", "allocate", "at_k", "bind", "derive", "estimate", "explore", "find"]

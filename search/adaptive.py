@@ -74,7 +74,7 @@ def votes(paths: Sequence[Trajectory], answer, equal) -> tuple[int, int]:
 
 
 def mode_confidence(first: int, second: int) -> float:
-    """P(the leader's share exceeds the runner-up's) under a uniform prior: 1 - I_1/2(first + 1, second + 1), exactly."""
+    """P(the leader's share exceeds the runner-up's) under a uniform prior: 1 - I_1/2(first + 1, second + 1)."""
     n = first + second + 1
     return sum(math.comb(n, i) for i in range(first + 1)) / 2**n
 
@@ -109,5 +109,6 @@ async def allocate(
         wave = [i for _, i in open_[: min(lanes, (budget - spent) // longest)]]
         if not wave:
             return paths
-        for i, drawn in zip(wave, await together(engine.extend(again(roots[i], len(paths[i]))) for i in wave), strict=True):
-            paths[i] = [*paths[i], *drawn]
+        drawn = await together(engine.extend(again(roots[i], len(paths[i]))) for i in wave)
+        for i, more in zip(wave, drawn, strict=True):
+            paths[i] = [*paths[i], *more]

@@ -35,7 +35,7 @@ class Step:
     """
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of `ids`, under the policy that sampled them (nats); 0.0 where not sampled, NaN unknown
+    logprobs: tuple[float, ...]  # of `ids`, under the policy that sampled them (nats); 0 where not sampled, NaN unknown
     text: str = ""
     sampled: bool = True  # False: written by the search or an environment, so never trained on
     versions: tuple[tuple[int, int, int], ...] = ()  # (policy version, start, end) spans over `ids`

@@ -40,7 +40,7 @@ class Beam:
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         until = granularity(self.until)
-        greedy = engine.at(temperature=0.0)
+        greedy = engine.at(temperature=0.0) if self.lookahead else engine
 
         async def foresee(path: Trajectory) -> float:
             for _ in range(self.lookahead):

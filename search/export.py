@@ -71,7 +71,8 @@ def step_labels(paths: Sequence[Trajectory], correct: Sequence[bool | None]) -> 
     `paths`: how many paths the label rests on (1 says little).
     """
     counts: dict[tuple[int, ...], _Count] = {}
-    judged = [(p, bool(c)) for p, c in {p.ids: (p, c) for p, c in zip(paths, correct, strict=True)}.values() if c is not None]
+    distinct = {path.ids: (path, right) for path, right in zip(paths, correct, strict=True)}
+    judged = [(path, bool(right)) for path, right in distinct.values() if right is not None]
     for path, right in judged:
         for end in _ends(path):
             count = counts.setdefault(path.ids[: len(path.prompt) + end], _Count())

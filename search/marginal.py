@@ -243,9 +243,10 @@ def estimate(
 
     equal: whether two answers are the same, asked both ways (default: equal text). answer: finds the answer in a
     response, or one answer per path. target: log p of each path under the model whose marginal is wanted, where it is
-    not the one sampled from. weights: scores for "prm" and "best" (default: the `value` of each path). slots: for "rao_blackwell", the probability of
-    each answer given the path's reasoning (default: read from `Step.top`). sampling: how the paths were drawn, so
-    that a tempered marginal is called one. normalise: masses that sum to 1, with less variance and a little bias.
+    not the one sampled from. weights: scores for "prm" and "best" (default: the `value` of each path). slots: for
+    "rao_blackwell", the probability of each answer given the path's reasoning (default: read from `Step.top`).
+    sampling: how the paths were drawn, so that a tempered marginal is called one. normalise: masses that sum to 1, with
+    less variance and a little bias.
     Raises ValueError when the paths lack what the method needs.
     """
     draws, names, classes, odd = _draws(paths, equal, answer, method, target, weights, slots, normalise)
@@ -507,7 +508,7 @@ def _caveats(method: str, sampling: Sampling | None, target: Floats | None, d: D
         notes.append(f"top_p={sampling.top_p:g} never draws some paths: their mass is missing")
     elif sampling is not None and target is None and (sampling.temperature != 1 or sampling.top_p < 1):
         setting = f"temperature={sampling.temperature:g}, top_p={sampling.top_p:g}"
-        notes.append(f"the marginal of the model sampled at {setting}, not of the model itself: draw at 1 and 1 for that")
+        notes.append(f"the marginal of the model sampled at {setting}, not of the model: draw at 1 and 1 for that")
     if method == "importance" and target is None:
         notes.append("no target given: every weight is 1, as in the vote")
     if len(d.labels) and (d.labels == d.classes).all():

@@ -39,7 +39,8 @@ class Sample:
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         changes = {name: value for name in ("arithmetic", "top") if (value := getattr(self, name))}
-        return await engine.at(**changes).extend(root, n=self.n)
+        engine = engine.at(**changes) if changes else engine
+        return await engine.extend(root, n=self.n)
 
 
 @dataclass(frozen=True)

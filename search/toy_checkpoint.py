@@ -85,7 +85,8 @@ def _word(chain: Chain, token: int) -> str:
 def _tokenizer(chain: Chain) -> dict:
     words = {_word(chain, i): i for i in range(len(chain.vocabulary))}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = [{"id": i, "content": _word(chain, i), "special": True, **plain} for i in sorted((chain.start, chain.end))]
+    ends = sorted((chain.start, chain.end))
+    special = [{"id": i, "content": _word(chain, i), "special": True, **plain} for i in ends]
     # Any text that the chain can say splits into its tokens, the longest first.
     pattern = "|".join(_escaped(word) for word in sorted(words, key=len, reverse=True))
     return {

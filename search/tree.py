@@ -209,7 +209,12 @@ async def valued(path: Trajectory, score: Score | None) -> Trajectory:
 
 
 async def spread(
-    paths: Sequence[Trajectory], n: int, engine: Engine, score: Score | None, until: Until = STEP, expand: str = "sample"
+    paths: Sequence[Trajectory],
+    n: int,
+    engine: Engine,
+    score: Score | None,
+    until: Until = STEP,
+    expand: str = "sample",
 ) -> list[list[Trajectory]]:
     """Up to n distinct children of every path, each scored as soon as it is there; no barrier between paths.
 

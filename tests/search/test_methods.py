@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from search.adaptive import Adaptive, allocate, mode_confidence
-from search.base import Sampling, bind, derive
+from search.base import END, TOKENS, Alternative, Sampling, Step, bind, derive
 from search.beam import Beam
 from search.cot import CotDecoding
 from search.distinct import UNLISTED, Distinct
@@ -22,6 +22,7 @@ from search.rejection import Rejection
 from search.revise import Revise
 from search.sample import BestOf, Sample
 from search.scripted import Scripted
+from search.self_score import SelfScore
 from search.toy import ChainEngine, random_chain, same_number, trap
 from search.tree import explore
 
@@ -418,6 +419,29 @@ def test_response_at_its_limit_is_made_to_answer():
     assert path.text.endswith("The final answer is 9") and path.end == "stop"
 
 
+class Judge(Scripted):
+    """Says yes to what ends in "right"; lists three spellings among its alternatives."""
+
+    async def extend(self, path, *, n=1, until=END):
+        assert self.sampling.top == 20 and until == TOKENS(1) and path.text.endswith("yes or no.\n")
+        p = 0.6 if "right" in path.text else 0.1
+        listed = {" Yes": p, "yes": 0.1, "No": 0.2}
+        top = tuple(Alternative(i, math.log(q), text) for i, (text, q) in enumerate(listed.items()))
+        return [path.grow(Step((0,), (math.log(p),), " Yes", top=(top,)), end="length")]
+
+
+def test_self_score_is_the_share_of_yes_among_the_alternatives():
+    score = SelfScore(Judge(None, offers=frozenset({"write", "top"})))
+    for text, expected in (("right", 0.7 / 0.9), ("wrong", 0.2 / 0.4)):
+        path = Scripted.root("q").grow(Step(tuple(map(ord, text)), (0.0,) * 5, text), end="stop")
+        assert asyncio.run(score(path)) == pytest.approx(expected)
+
+
+def test_self_score_without_alternatives_is_refused():
+    with pytest.raises(ValueError, match="offers top; Scripted does not"):
+        SelfScore(Scripted(chat))
+
+
 # -- adaptive -------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +450,8 @@ def test_adaptive_stops_when_the_leader_is_safe():
     adaptive = Adaptive(n=40, confidence=0.95, lanes=1)
     assert len(run(adaptive, Scripted.root("q"), engine)) == 4
     unsure = Scripted(lambda text, child: "7", logprob=math.nan)
-    assert len(run(Adaptive(n=40, confidence=1.0, lanes=1), Scripted.root("q"), unsure)) == 21  # 21 of 40 cannot be caught
+    certain = run(Adaptive(n=40, confidence=1.0, lanes=1), Scripted.root("q"), unsure)
+    assert len(certain) == 21  # 21 of 40 cannot be caught
 
 
 def test_adaptive_answers_as_the_full_vote_does_nearly_always():
