@@ -112,8 +112,6 @@ def decode(data):
 def _drive():
     """Run the program that comes in by fd 3. Never returns."""
     order = _request()
-    for name, ends in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, open(ends, "r" if ends == 0 else "w", encoding="utf-8", errors="replace", closefd=False))
     sys.argv = ["program.py"]
     if "random" in sys.modules:
         sys.modules["random"].seed(0)  # programs that toss coins get the same verdict each time
@@ -445,6 +443,7 @@ def serve(level, control_fd):
                 break
     walls = (level, user, pid_namespace, _seccomp_filter() if level != "none" else b"")
     control.send(b"ready")
+    compile("0", "", "exec")  # makes the syntax classes: a millisecond that each fork would spend anew
     wanted = iter(PRELOAD)
     while True:
         while not select.select([control], [], [], 0)[0] and (name := next(wanted, None)):
