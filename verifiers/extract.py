@@ -19,15 +19,17 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _CUE = re.compile(
     r"\b(?:final\s+)?ans(?:wer)?\b[*_\s]*(?:(?:of|to|for)\b[^.:=\n]{1,80}?)?(?:\b(?:is|was|equals|should\s+be|"
-    r"must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*",
+    r"must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*|答案\s*(?:是|为|：|:)+\s*",
     re.IGNORECASE,
 )
+_RESULT = re.compile(r"\b(?:result|solution|value)s?\s+(?:is|are|equals)\b\s*:?\s*", re.IGNORECASE)
 _REVISED = re.compile(
     r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I
 )
 _CONCLUDED = re.compile(r"\b(?:final|finally|therefore|thus|hence|conclude|altogether|in total|so)\b", re.I)
 _HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|another|also|might|could)\b", re.I)
 _BARE_BOX = re.compile(r"[^\s$\\{}]+")
+_IS_ANSWER = re.compile(r"\s+is\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?(?:answer|solution)$", re.I)
 _JOIN = re.compile(
     r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 )
@@ -63,7 +65,7 @@ def final(response: str) -> Found | None:
             return _found(boxes, "box")
         if _BOX.search(text) and "{}" not in text:
             return None  # a box that never closes (the response was cut off), or far too many
-    for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math)):
+    for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math), ("result", _result)):
         candidate = find(text)
         if candidate and not _BOX.search(candidate):
             return _found((candidate,), marker)
@@ -158,8 +160,13 @@ def _hashes(text: str) -> str | None:
     return None if rest.strip() or re.match(r"\s*(?:step|solution)\b", line, re.I) else trim(line)
 
 
-def _cue(text: str) -> str | None:
-    cues = list(_CUE.finditer(text))
+def _result(text: str) -> str | None:
+    return _cue(text, _RESULT)
+
+
+def _cue(text: str, pattern: re.Pattern[str] = _CUE) -> str | None:
+    """What follows the last "the answer is"."""
+    cues = list(pattern.finditer(text))
     if not cues:
         return None
     rest = text[cues[-1].end() :].lstrip(" \t*_")[:LONGEST]
@@ -198,4 +205,5 @@ def trim(text: str) -> str:
     end = _SENTENCE.search(text)
     if end and end.start():
         text = text[: end.start()]
+    text = _IS_ANSWER.sub("", text)
     return text.strip().strip("*_`").strip()

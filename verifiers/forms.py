@@ -31,7 +31,8 @@ def rounded(left: Tree, right: Tree, digits: int) -> bool:
         short, long = (one, two) if one[1] <= two[1] else (two, one)
         if long[1] >= 15 and short[1] >= 1 and abs(long[0] - short[0]) <= abs(short[0]) * Fraction(1, 10**14):
             return True  # the noise of floating-point arithmetic
-        return short[1] >= digits and long[1] >= short[1] + 3 and rounds(short, long[0])
+        longer = short[1] >= digits and long[1] >= short[1] + 3
+        return longer and abs(long[0] - short[0]) > last_unit(short) / 100 and rounds(short, long[0])
     if not one and not two:
         return False
     decimal, other = (one, right) if one else (two, left)
@@ -51,17 +52,23 @@ def rounded(left: Tree, right: Tree, digits: int) -> bool:
     return rounds(decimal, (-1) ** sign * Fraction(int(mantissa)) * Fraction(2) ** exponent)
 
 
-def rounds(decimal: tuple[Fraction, int], exact: Fraction, *, cut_from: int = 6) -> bool:
-    """Within half a unit in the last digit; from `cut_from` digits on a cut-off decimal counts as well."""
+def last_unit(decimal: tuple[Fraction, int]) -> Fraction:
+    """What one unit in the last digit of a decimal that is not zero is worth."""
     value, digits = decimal
-    if value == 0 or (value > 0) != (exact > 0):
-        return False
     unit = Fraction(1)
     while abs(value) >= unit * 10:
         unit *= 10
     while abs(value) < unit:
         unit /= 10
-    last = unit / Fraction(10) ** (digits - 1)
+    return unit / Fraction(10) ** (digits - 1)
+
+
+def rounds(decimal: tuple[Fraction, int], exact: Fraction, *, cut_from: int = 6) -> bool:
+    """Within half a unit in the last digit; from `cut_from` digits on a cut-off decimal counts as well."""
+    value, digits = decimal
+    if value == 0 or (value > 0) != (exact > 0):
+        return False
+    last = last_unit(decimal)
     error = abs(exact) - abs(value)
     return abs(error) <= last / 2 or (digits >= cut_from and 0 <= error < last)
 

@@ -18,8 +18,10 @@ _WRAP = re.compile(
 )
 _LEAD = re.compile(
     r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|"
-    r"right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b\s*(?:(?:is|are|equals|:|=)\s*)*"
-    r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|therefore|thus|hence|given by|equal to)\s+",
+    r"right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b(?:\s+of\s+[^=\n]{1,40}?(?=\s+(?:is|are|equals)"
+    r"\b))?\s*(?:(?:is|are|equals|:|=)\s*)*"
+    r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|given by|equal to|"
+    r"(?:so|then|therefore|thus|hence|we (?:get|have|find)|it is|it's|that is|i\.e\.)[,:]?)\s+",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-Ja-j])\s*(?:\)\s*[.:]?|[.:](?!\d))\s*(\S.*)?$|^\[([A-Ja-j])\]$|^([A-J])$", re.DOTALL)
@@ -125,7 +127,8 @@ def cleaned(text: str) -> str:
         text = _without_delimiters(text)
     while text.startswith("**") and text.endswith("**") and len(text) > 4:
         text = text[2:-2].strip()
-    text = _LEAD.sub("", _LEAD.sub("", text)) if text[:1].isalpha() else text
+    text = _LEAD.sub("", _LEAD.sub("", text)) if text[:1].isalpha() else text.lstrip("= ")
+    text = text.lstrip("*")
     text = text.strip()
     while text and text[-1] in ".,;:\n " and not text.endswith("..."):
         text = text[:-1].rstrip()

@@ -23,6 +23,8 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+123456.7 || 123456.7001
+2.71828 || 2.718381828
 \hat{x} || x
 \bar{x} || x
 10\text{ apples and }5\text{ oranges} || 10\text{ apples and }6\text{ oranges}
@@ -666,6 +668,22 @@ y=2x || \boxed{2x=2x}
 """)
 
 RESPONSES = table(r"""
+5 || So x = 5.
+5 || Therefore, we get x = 5.
+5 || = 5
+5 || 5 is the answer.
+5 || **5**
+5 || 答案是5
+5 || Answer: The value of x is 5.
+5 || After a long computation with many steps that nobody wants to read again, the result is 5.
+5 || The correct answer is therefore: **5**
+\frac{1}{2} || The final answer is: $\frac{1}{2}$
+B || The correct answer is option B.
+B || ANSWER: B. because of the third law
+1000 || The answer is $1,000.00.
+2 || \boxed{e^{\ln 2}}
+123456.7 || \boxed{123456.70}
+2.71828 || \boxed{2.718281828}
 7 || Let me think. 3+4 = 7. The answer is 7.
 7 || The answer is $7$.
 7 || **Answer:** 7
