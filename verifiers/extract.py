@@ -120,8 +120,7 @@ def _boxes(text: str) -> tuple[str, ...]:
     end, answered = 0, False
     for start, stop, content in _box_spans(text):
         between, end = text[end:start], stop
-        concluded = _CONCLUDED.search(between) and not _HEDGED.search(between) and not answered
-        if groups and (_REVISED.search(between) or concluded):
+        if groups and (_REVISED.search(between) or (not answered and _concluded(between))):
             groups = [[content]]
         elif groups and "\n" not in between and len(between) < 60 and _JOIN.fullmatch(between):
             groups[-1].append(content)
@@ -129,6 +128,10 @@ def _boxes(text: str) -> tuple[str, ...]:
             groups.append([content])
         answered = "answer" in between[-60:].lower()
     return tuple(", ".join(dict.fromkeys(group)) for group in groups)
+
+
+def _concluded(between: str) -> bool:
+    return bool(_CONCLUDED.search(between)) and not _HEDGED.search(between)
 
 
 def _box_spans(text: str) -> list[tuple[int, int, str]]:
