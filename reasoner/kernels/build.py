@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -78,6 +79,15 @@ def compile(source: Path, target: str, folder: Path | None = None) -> Path:
     return library
 
 
+def compile_all(target: str, folder: Path | None = None) -> list[Path]:
+    """Every kernel for `target`, ahead of its first use: `python -m reasoner.kernels.build sm_90a`."""
+    return [compile(source, target, folder) for source in sorted(SOURCES.glob("*.cu"))]
+
+
 @functools.cache
 def load(source: Path, target: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(compile(source, target)))
+
+
+if __name__ == "__main__":
+    print(*compile_all(*sys.argv[1:] or ["sm_90a"]), sep="\n")

@@ -36,7 +36,7 @@ def token_logprob(
         raise ValueError(f"target {tuple(target_T.shape)} for hidden {tuple(hidden_TH.shape)}: give one target per row")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: give a positive one (greedy has no log-probability)")
-    logprob_T, entropy_T, _ = _op(hidden_TH, weight_VH, target_T, float(temperature))
+    logprob_T, entropy_T, _ = _op(hidden_TH, weight_VH, target_T.long(), float(temperature))
     return logprob_T, entropy_T
 
 

@@ -45,7 +45,7 @@ def write_latent(
             f"kv {tuple(kv_TD.shape)} and cache {tuple(cache.shape)}: "
             f"rows must be {latent} latent + {rotary} rotary (even) wide"
         )
-    return _write(kv_TD, weight_R, q_TNP, cos, sin, slots_T, cache, eps)
+    return _write(kv_TD, weight_R, q_TNP, cos.float(), sin.float(), slots_T.long(), cache, eps)
 
 
 def _is_half(x: Tensor) -> int:

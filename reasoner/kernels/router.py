@@ -41,7 +41,7 @@ def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
 
     Stable. Assignment a belongs to token a // K. Ids must lie in [0, experts).
     """
-    return _sort(experts_TK, experts)
+    return _sort(experts_TK.long(), experts)
 
 
 def _misfit(experts: int, chosen: int, groups: int) -> str | None:

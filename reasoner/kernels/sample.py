@@ -22,7 +22,7 @@ def sample(logits_TV: Tensor, seeds_T: Tensor, temperature: float = 1.0) -> tupl
         raise ValueError(f"seeds {tuple(seeds_T.shape)} for logits {tuple(logits_TV.shape)}: give one seed per row")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: give a positive one, or 0 for greedy")
-    return _sample(logits_TV, seeds_T, float(temperature))
+    return _sample(logits_TV, seeds_T.long(), float(temperature))
 
 
 def _run(logits_TV, seeds_T, temperature):

@@ -114,3 +114,28 @@ def test_experts_are_the_layer_forward_and_backward(tokens, hidden, inner, exper
         results.append((y, *torch.autograd.grad(y, leaves, by_y.to(y.dtype))))
     for got, want in zip(*results, strict=True):
         assert relative(got, want) < 1.5e-2
+
+
+def test_a_decode_step_can_be_captured_in_a_cuda_graph():
+    batch, heads = 4, 16
+    cache, table = normal(batch * 4, 64, 576), torch.randperm(batch * 4, device="cuda").int().view(batch, 4)
+    q, head, seeds = normal(batch, 1, heads, 576), normal(heads * 512, 1000), torch.arange(batch, device="cuda")
+    lengths = torch.full((batch,), 100, dtype=torch.int32, device="cuda")
+
+    def step():
+        attended = kernels.latent_decode(q, cache, table, lengths, 512, 576**-0.5)
+        return kernels.sample(attended.flatten(1) @ head, seeds, 0.8)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token, logprob = step()
+    for new_length in (100, 200):
+        lengths.fill_(new_length)
+        graph.replay()
+        want_token, want_logprob = step()
+        assert torch.equal(token, want_token) and torch.equal(logprob, want_logprob)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reasoner import kernels
 from reasoner.kernels import build, dispatch, token_logprob, using
 
 REVERSE = """
@@ -75,6 +76,11 @@ def test_asynchronous_copy_may_land_before_it_is_waited_for(tmp_path):
         reverse(tmp_path, copy + "barrier();" + check)
 
 
+def test_other_processors_switch_fibers_without_assembly(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "EMULATOR_FLAGS", (*build.EMULATOR_FLAGS, "-DPORTABLE_FIBERS"))
+    assert reverse(tmp_path, "barrier();")
+
+
 def test_same_source_is_compiled_once_and_a_changed_one_again(tmp_path):
     source = tmp_path / "small.cu"
     source.write_text('extern "C" int one() { return 1; }')
@@ -122,6 +128,26 @@ def test_machine_without_compiler_says_so_once_and_uses_the_reference(monkeypatc
         for _ in range(3):
             token_logprob(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, dtype=torch.long))
     assert [r.message for r in caplog.records] == ["head: no nvcc on the PATH; the PyTorch reference runs instead"]
+
+
+def test_narrower_integers_are_read_as_the_same_numbers():
+    hidden, weight, ids = torch.randn(5, 8), torch.randn(6, 8), torch.tensor([3, 0, 5, 5, 1])
+    logits, cache = torch.randn(5, 6), torch.zeros(7, 8)
+    kv, norm, q, angles = torch.randn(5, 8), torch.ones(4), torch.randn(5, 2, 4), torch.randn(5, 2)
+    with using("emulate"):
+        for run in (
+            lambda i: token_logprob(hidden, weight, i),
+            lambda i: kernels.sort_by_expert(i[:, None], 6),
+            lambda i: kernels.sample(logits, i),
+            lambda i: (kernels.write_latent(kv, norm, q, angles.cos(), angles.sin(), i, cache.clone()),),
+        ):
+            for got, want in zip(run(ids.int()), run(ids), strict=True):
+                assert torch.equal(got, want)
+
+
+def test_tensor_at_an_odd_address_is_moved_before_vector_loads():
+    with using("emulate"):
+        assert torch.equal(kernels.swiglu(torch.ones(33)[1:].view(2, 16)), kernels.swiglu(torch.ones(2, 16)))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

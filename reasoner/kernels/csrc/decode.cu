@@ -86,27 +86,31 @@ KERNEL(block) attend(const bf16* q, const bf16* cache, const int* table, const i
         }
         barrier();
 
-        // scores, 16 rows x 8 tokens at a time
-        for (int item = warp(); item < row_tiles * (S::tokens / 8); item += warps) {
-            int m = item % row_tiles, n = item / row_tiles;
-            float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            const bf16* a_row = q_tile + (m * 16 + lane() % 16) * stride + lane() / 16 * 8;
-            const bf16* b_row = kv + (n * 8 + lane() % 8) * stride + lane() / 8 * 8;
-            for (int k = 0; k < width; k += 32) {
-                uint32_t a0[4], a1[4], b[4];
-                load_tiles<false>(a0, a_row + k);
-                load_tiles<false>(a1, a_row + k + 16);
-                load_tiles<false>(b, b_row + k);
-                multiply_add(c, a0, b[0], b[1]);
-                multiply_add(c, a1, b[2], b[3]);
-            }
-            UNROLL for (int j = 0; j < 4; ++j) {
-                int row = m * 16 + g + j / 2 * 8, token = n * 8 + 2 * t + j % 2;
-                int limit = length - queries + row / heads + 1;
-                bool seen = first + token < limit && first + token < end;
-                scores[row * score_stride + token] = seen ? c[j] * (scale * log2e) : minus_infinity;
+        // Scores: a warp takes 8 tokens and one or two tiles of 16 rows. Two sums each (even and odd steps of k) and two
+        // tiles keep up to four products in flight, as each waits for the one before it in its own sum.
+        constexpr int token_tiles = S::tokens / 8, tiles_each = row_tiles * token_tiles / warps;
+        int n = warp() % token_tiles, first_m = warp() / token_tiles * tiles_each;
+        float c[tiles_each][2][4] = {};
+        const bf16* b_row = kv + (n * 8 + lane() % 8) * stride + lane() / 8 * 8;
+        for (int k = 0; k < width; k += 32) {
+            uint32_t b[4];
+            load_tiles<false>(b, b_row + k);
+            UNROLL for (int m = 0; m < tiles_each; ++m) {
+                const bf16* a_row = q_tile + ((first_m + m) * 16 + lane() % 16) * stride + lane() / 16 * 8 + k;
+                uint32_t a[2][4];
+                load_tiles<false>(a[0], a_row);
+                load_tiles<false>(a[1], a_row + 16);
+                multiply_add(c[m][0], a[0], b[0], b[1]);
+                multiply_add(c[m][1], a[1], b[2], b[3]);
             }
         }
+        UNROLL for (int m = 0; m < tiles_each; ++m)
+            UNROLL for (int j = 0; j < 4; ++j) {
+                int row = (first_m + m) * 16 + g + j / 2 * 8, token = n * 8 + 2 * t + j % 2;
+                bool seen = first + token < length - queries + row / heads + 1 && first + token < end;
+                float score = (c[m][0][j] + c[m][1][j]) * (scale * log2e);
+                scores[row * score_stride + token] = seen ? score : minus_infinity;
+            }
         barrier();
 
         for (int row = warp(); row < S::rows; row += warps) {  // online softmax, in powers of two

@@ -17,7 +17,10 @@
 #include <functional>
 #include <numeric>
 #include <vector>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(PORTABLE_FIBERS)
+#define PORTABLE_FIBERS
+#endif
+#ifdef PORTABLE_FIBERS
 #include <ucontext.h>
 #endif
 
@@ -29,7 +32,7 @@ constexpr size_t stack_bytes = 64 << 10, canary_bytes = 64;
 struct Dim { int x, y, z; };
 
 // ---- fibers ------------------------------------------------------------------------------------------------------
-#if defined(__x86_64__)
+#ifndef PORTABLE_FIBERS
 // Saves the callee-saved registers on the old stack and takes them from the new one: all that a switch needs.
 extern "C" void reasoner_switch(void** save, void* load) __attribute__((visibility("hidden")));
 asm(R"(
