@@ -19,7 +19,9 @@ import asyncio
 import atexit
 import ctypes
 import gc
+import heapq
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -55,14 +57,20 @@ class _Item:
     name: str
     policy: dict[str, Any]
     method: str
-    arguments: tuple[Any, ...]
+    arguments: Any  # a tuple; pickled once it is in the pool's thread
     timeout: float
     batch: _Batch
     index: int
+    number: int = 0  # age
 
     @property
     def key(self) -> tuple[str, str]:
         return self.name, repr(sorted(self.policy.items()))
+
+    @property
+    def lone(self) -> bool:
+        """Asked for alone: its caller waits for this one verdict, so it goes before the many of a batch."""
+        return len(self.batch.results) == 1
 
 
 class _Batch:
@@ -101,7 +109,7 @@ class _Worker:
     def due(self) -> float:
         """When the item at hand must be done. One asked for alone has its caller waiting since then."""
         item = self.items[0]
-        if len(item.batch.results) == 1:
+        if item.lone:
             return max(item.batch.born + item.timeout, self.since + min(item.timeout, LEAST_S))
         return self.since + item.timeout
 
@@ -213,7 +221,8 @@ class Pool:
 
     def _run(self) -> None:
         self._nursery: _Nursery | None = None
-        self._queue: deque[_Item] = deque()
+        self._queue: list[tuple[bool, int, _Item]] = []  # a heap: what is asked for alone first, then by age
+        self._count = itertools.count()
         self._workers: list[_Worker] = []
         self._pace: dict[tuple[str, str], float] = {}  # seconds per item of each judge, smoothed
         self._ready: dict[tuple[str, str], str] = {}  # judges the nursery has; the value says why one cannot be had
@@ -254,13 +263,18 @@ class Pool:
             worker.socket.close()
             if worker.items:
                 self._settle(worker.items.popleft(), Verdict.fail("the worker processes were killed"), 0.0)
-            self._queue.extendleft(reversed(worker.items))
+            self._put(worker.items)
         self._workers.clear()
 
     def _abandon(self, error: Exception) -> None:
-        for items in (self._inbox, self._queue, *(worker.items for worker in self._workers)):
+        queued = [item for _, _, item in self._queue]
+        for items in (self._inbox, queued, *(worker.items for worker in self._workers)):
             for item in items:
                 item.batch.refuse(error)
+
+    def _put(self, items: Iterable[_Item]) -> None:
+        for item in items:
+            heapq.heappush(self._queue, (not item.lone, item.number, item))
 
     def _hear(self) -> None:
         try:
@@ -268,16 +282,22 @@ class Pool:
         except BlockingIOError:
             pass
         while self._inbox:
-            self._queue.append(self._inbox.popleft())
+            item = self._inbox.popleft()
+            item.number = next(self._count)
+            try:
+                item.arguments = pickle.dumps(item.arguments, protocol=pickle.HIGHEST_PROTOCOL)
+                self._put([item])
+            except Exception as error:
+                self._settle(item, Verdict.fail(f"the task cannot be sent to a worker: {error}"), 0.0)
 
     def _dispatch(self) -> None:
         """Give idle workers work; fork more while there are fewer than `size` that are not stuck."""
         now = time.monotonic()
         while self._queue:
-            item = self._queue[0]
+            item = self._queue[0][2]
             refused = self._load(item)
             if refused or item.batch.future.cancelled():
-                self._queue.popleft()
+                heapq.heappop(self._queue)
                 if refused:
                     item.batch.refuse(ValueError(refused))
                 continue
@@ -304,10 +324,10 @@ class Pool:
         return worker
 
     def _give(self, worker: _Worker) -> None:
-        first = self._queue[0]
+        first = self._queue[0][2]
         count = min(CHUNK_S / self._pace.get(first.key, CHUNK_S), 1 + len(self._queue) // self.size, 256)
-        while self._queue and self._queue[0].key == first.key and len(worker.items) < max(1, count):
-            worker.items.append(self._queue.popleft())
+        while self._queue and self._queue[0][2].key == first.key and len(worker.items) < max(1, count):
+            worker.items.append(heapq.heappop(self._queue)[2])
         worker.since = time.monotonic()
         message = (first.name, first.policy, [(item.method, item.arguments) for item in worker.items])
         try:
@@ -324,9 +344,14 @@ class Pool:
         item, seconds = worker.items.popleft(), now - worker.since
         worker.since = now
         self._pace[item.key] = 0.9 * self._pace.get(item.key, CHUNK_S) + 0.1 * seconds
-        result, healthy = message
+        payload, healthy = message
+        try:
+            result = pickle.loads(payload)
+        except Exception as error:
+            result = Verdict.fail(f"the judge's verdict cannot be read here: {error}")
         self._settle(item, result, seconds)
-        if worker.retire or not healthy:
+        spare = not worker.items and not self._queue and len(self._workers) > self.size
+        if worker.retire or spare or not healthy:
             self._kill(worker)
 
     def _settle(self, item: _Item, result: Any, seconds: float) -> None:
@@ -344,7 +369,7 @@ class Pool:
         self._kill(worker)
 
     def _kill(self, worker: _Worker) -> None:
-        self._queue.extendleft(reversed(worker.items))
+        self._put(worker.items)
         worker.items.clear()
         self._workers.remove(worker)
         self._selector.unregister(worker.socket)
@@ -359,7 +384,7 @@ class Pool:
                 self._lost(worker, f"deadline of {worker.items[0].timeout:g} s passed")
             elif worker.stuck(now) and len(worker.items) > 1:
                 item = worker.items.popleft()
-                self._queue.extendleft(reversed(worker.items))
+                self._put(worker.items)
                 worker.items = deque([item])
                 worker.retire = True
 
@@ -532,16 +557,16 @@ def _work(requests: socket.socket, memory_mb: int) -> None:
         os._exit(0)
 
 
-def _call(method: Any, arguments: tuple[Any, ...]) -> tuple[Any, bool]:
-    """The result, and whether the process is still to be trusted."""
+def _call(method: Any, arguments: bytes) -> tuple[bytes, bool]:
+    """The result, pickled, and whether the process is still to be trusted."""
+    healthy = True
     try:
-        result = method(*arguments)
-        pickle.dumps(result)
-        return result, True
+        return pickle.dumps(method(*pickle.loads(arguments)), protocol=pickle.HIGHEST_PROTOCOL), True
     except MemoryError:
-        return Verdict.fail("MemoryError: the judge ran out of the memory that a worker may use"), False
+        verdict, healthy = Verdict.fail("MemoryError: the judge ran out of the memory that a worker may use"), False
     except Exception as error:
-        return Verdict.fail(f"{type(error).__name__}: {error}"[:500]), True
+        verdict = Verdict.fail(f"{type(error).__name__}: {error}"[:500])
+    return pickle.dumps(verdict), healthy
 
 
 def _die_with_parent(parent: int) -> None:

@@ -27,6 +27,10 @@ def moody(task, response, *, mood="fair"):
                 pass
         case "sleep":
             time.sleep(60)
+        case "nap":
+            time.sleep(0.01)
+        case "long nap":
+            time.sleep(0.3)
         case "hoard":
             return len([0] * (1 << 40)) == 0
         case "die":
@@ -148,6 +152,28 @@ def test_answers_and_equality_go_through_the_pool(pool):
         return await pool.answers("moody", [" a ", ""]), await pool.equal("moody", [("a", "a"), ("a", "b")])
 
     assert asyncio.run(both()) == (["a", None], [True, False])
+
+
+def test_task_that_cannot_be_sent_fails_alone(pool):
+    tasks = [Task("t", (), "yes", "moody"), Task("t", (), lambda: 0, "moody"), Task("t", (), "yes", "moody")]
+    said = pool.submit("moody", [("verify", (task, "yes")) for task in tasks]).result()
+    assert [v.status for v in said] == ["scored", "failed", "scored"] and "sent" in said[1].why
+
+
+def test_lone_question_goes_before_a_long_batch(pool):
+    long = pool.submit("moody", [("verify", (Task("t", (), "yes", "moody"), "nap"))] * 200)
+    time.sleep(0.02)
+    assert ask(pool, "yes")[0].correct is True
+    assert not long.done()
+    assert len(long.result()) == 200
+
+
+def test_workers_beyond_the_pools_size_are_sent_home(pool):
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: ask(pool, "long nap"), range(6)))
+    ask(pool, *["yes"] * 100)
+    time.sleep(0.05)
+    assert len(pool._workers) <= pool.size
 
 
 def test_worker_loads_nothing_heavy(pool):
