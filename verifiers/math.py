@@ -12,6 +12,7 @@ Limit: what it can read but not compare (a sum, an integral, an inequality of se
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from verifiers.regions import NoRegion, region
 from verifiers.settle import COLLECTIONS, SETS, Refused, by_name, quantity, settle
 from verifiers.units import label_of, unit_of
 
+_NOTHING_BUT_SIGNS = re.compile(r"[-\d\s.,+*/^()\[\]=<>!%:;&|?]*")  # no word or command that other readers might know
 ITEMS = 40  # of a list or set that is compared without order
 
 
@@ -96,7 +98,7 @@ class Math:
         for gold in _golds(task):
             if gold.trees or gold.words or gold.choice:
                 continue
-            if not gold.text or _unbalanced(gold.text):
+            if not gold.text or _unbalanced(gold.text) or _NOTHING_BUT_SIGNS.fullmatch(gold.text):
                 raise ValueError(
                     f"task {task.id}: reference {task.reference!r} cannot be read ({gold.why}): "
                     "give one answer in LaTeX, plain text or a box"

@@ -1033,7 +1033,7 @@ def test_the_policy_stands_in_every_verdict():
 
 
 @pytest.mark.parametrize(
-    "reference", ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000]
+    "reference", ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000, "3..4", "5 +", "(1,2"]
 )
 def test_a_reference_that_cannot_be_read_fails_by_task_id(reference):
     with pytest.raises(ValueError, match="task sum/17"):
