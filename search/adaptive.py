@@ -9,7 +9,8 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 from search.base import Engine, Score, Trajectory, again, require
@@ -43,8 +44,9 @@ class Adaptive:
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         flights: list[asyncio.Task] = []
         paths: list[Trajectory] = []
+        settled = replace(self, equal=self.equal and cache(self.equal)).settled  # asked anew with every path
         try:
-            while len(paths) < self.n and not self.settled(paths):
+            while len(paths) < self.n and not settled(paths):
                 while len(flights) < min(self.n, len(paths) + self.lanes):
                     flights.append(asyncio.ensure_future(engine.extend(again(root, len(flights)))))
                 drawn = await flights[len(paths)]
@@ -96,6 +98,7 @@ async def allocate(
     samples, is left alone. Never exceeds the budget, which must cover `least` full paths of every question.
     """
     longest = engine.sampling.max_tokens
+    equal = equal and cache(equal)
     if budget < least * longest * len(roots):
         raise ValueError(
             f"budget={budget} is smaller than {least} paths of {longest} tokens for each of {len(roots)} questions: "
