@@ -8,6 +8,8 @@ A text that hangs a parser cannot be interrupted from within (the interpreter's 
 thread only), so it is judged in a process that is killed. Replacing a process must then be cheap: workers are forked
 from a small single-threaded process, the nursery, which has imported the judges. Nothing is forked from the caller,
 which may hold threads and a GPU, and no signal handler is used, so any thread and any event loop may ask.
+(A pool that starts a fresh interpreter in place of a killed one, such as pebble's, took 3.4 s over ten responses that
+hang for 0.2 s on two workers; this one takes 0.8 s.)
 
 Knows no particular judge. Neighbours: `get` in `__init__` builds them; `rollouts` holds a `Pool`.
 Nursery and workers run this file too; they stop when the socket to their parent closes, however it died.

@@ -22,14 +22,15 @@ Levels of isolation, in each `level` and so in each verdict:
 What stands in the way of a program: no file of the machine but system libraries, commands and Python's standard
 library, all read-only (site-packages are hidden: they may hold benchmarks with answers); no network; no capabilities,
 no way to new ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per process by
-rlimit, together by the server's watch), processes, open files, CPU and wall-clock time, and output; its end ends all
-it started.
+rlimit, together by the server's watch), processes, open files, wall-clock time and output; its end ends all it
+started.
 
 What it does not stop: a hole in the kernel's system calls, which are filtered but not emulated (on processors other
-than x86-64 not filtered either); side channels such as timing and caches; loading the machine within its limits while
-it runs; a memory burst in the 10 ms between two looks of the watch, up to the number of processes times the rlimit;
-and a program that learns its inputs and guesses. It is built against what a policy under optimisation finds; against
-people, put a virtual machine around it.
+than x86-64 not filtered either, which leaves a virtual machine's vsock open); side channels such as timing and caches;
+loading the machine within its limits while it runs; a memory burst in the 10 ms between two looks of the watch, up to
+the number of processes times the rlimit (where a container masks /proc there is no watch); and a program that learns
+its inputs and guesses. It is built against what a policy under optimisation finds; against people, put a virtual
+machine around it.
 """
 
 from __future__ import annotations
@@ -340,8 +341,7 @@ class _Server:
         self.control.settimeout(GRACE_S)
 
     def start(self, fds: list[int], limits: Limits) -> None:
-        mb, cpu_s = 1 << 20, 3600
-        header = jail.HEADER.pack(limits.memory_mb * mb, limits.processes, limits.disk_mb * mb, cpu_s)
+        header = jail.HEADER.pack(limits.memory_mb << 20, limits.processes, limits.disk_mb << 20)
         self.control.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
 
     def kill(self) -> None:

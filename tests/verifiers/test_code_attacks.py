@@ -186,6 +186,8 @@ PROBES = {
     "raises its own limits": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "lowers its nice value": "os.nice(-5)",
     "sets the clock": "time.clock_settime(time.CLOCK_REALTIME, 0)",
+    "reaches the hypervisor": "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
+    "listens to the kernel": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "opens a raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "opens a device": "os.open('/dev/sda', 0)",
     "makes a device": "os.mknod('/tmp/d', 0o60600, os.makedev(8, 0))",
