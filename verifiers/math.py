@@ -213,6 +213,10 @@ class Math:
         named, other = (left, right) if left[0] == "named" else (right, left)
         if other[0] == "equation":
             return proof.proportional(_difference(named), other[1], positive=False)
+        if other[0] == "list" and any(item[0] == "named" for item in other[1:]):
+            return self._unordered(_one_by_one(named), other[1:])
+        if other[0] in ("tuple", "bracket", "matrix") and named[2][0] == "list":
+            return False
         if other[0] == "rel" or other[0] in SETS:
             return self._regions(("set", *(named[2][1:] if named[2][0] == "list" else named[2:3])), other)
         return self._settled(named[2], other)
@@ -269,7 +273,7 @@ class Math:
             items = _distinct(self, many[1:])
             return self._same(single, items[0]) if len(items) == 1 and many[0] in ("set", "list") else False
         if "set" in kinds:
-            if not set(kinds) <= {"set", "list"}:
+            if not set(kinds) <= {"set", "list"} or any(item[0] == "named" for item in (*left[1:], *right[1:])):
                 return False
             return self._unordered(_distinct(self, left[1:]), _distinct(self, right[1:]))
         a, b = left[1:], right[1:]
@@ -305,11 +309,13 @@ class Math:
             return _all(self._same(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
         matrix, other = (left, right) if left[0] == "matrix" else (right, left)
         rows = matrix[1]
+        if other[0] not in ("tuple", "bracket"):
+            return False
         if all(part[0] in ("bracket", "tuple") for part in other[1:]):  # [[1, 2], [3, 4]]
             same_length = len({len(part) for part in other[1:]}) == 1
             return same_length and self._matrices(matrix, ("matrix", tuple(part[1:] for part in other[1:])))
         entries = tuple(row[0] for row in rows) if len(rows[0]) == 1 else rows[0] if len(rows) == 1 else ()
-        if not entries or other[0] not in ("tuple", "bracket") or len(entries) != len(other) - 1:
+        if not entries or len(entries) != len(other) - 1:
             return False
         return _all(self._same(x, y) for x, y in zip(entries, other[1:], strict=True))
 
@@ -325,7 +331,8 @@ class Math:
         if self.units == "ignore" or unit_a == unit_b:
             return self._numbers(a, b)
         if not unit_a or not unit_b:
-            return False if self.units == "required" else self._numbers(a, b)
+            bare = b if unit_a else a
+            return self.units == "optional" and bare[0] not in ("pct", "deg") and self._numbers(a, b)
         known_a, known_b = unit_of(unit_a), unit_of(unit_b)
         if known_a is None or known_b is None:
             return self._numbers(a, b) if label_of(unit_a) == label_of(unit_b) else False
@@ -365,6 +372,14 @@ def _all(outcomes: Any) -> bool | None:
             return False
         unsure = unsure or outcome is None
     return None if unsure else True
+
+
+def _one_by_one(named: Tree) -> list[Tree]:
+    """`(a, b) = (1, 2)` as a = 1 and b = 2; any other definition stays one."""
+    names = named[3][1:] if named[3][0] == "tuple" else ()
+    if named[2][0] != "tuple" or len(names) != len(named[2]) - 1:
+        return [named]
+    return [("named", name[1], value, name) for name, value in zip(names, named[2][1:], strict=True)]
 
 
 def _distinct(judge: Math, items: Sequence[Tree]) -> list[Tree]:

@@ -23,6 +23,14 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+5\% || 0.05 \text{ m}
+30^\circ || 30 \text{ minutes}
+(1,2) || x=1,x=2
+(1,2) || x=1 \text{ or } x=2
+\{1,2\} || x=1,y=2
+x=1,2 || x=1,y=2
+\begin{pmatrix}1&2\\3&4\end{pmatrix} || 5
+\begin{pmatrix}1&2\\3&4\end{pmatrix} || x+1
 123456.7 || 123456.7001
 2.71828 || 2.718381828
 \hat{x} || x
@@ -1033,7 +1041,8 @@ def test_the_policy_stands_in_every_verdict():
 
 
 @pytest.mark.parametrize(
-    "reference", ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000, "3..4", "5 +", "(1,2"]
+    "reference",
+    ["", " ", ":", "$$", r"\frac{1}{", r"\boxed{}", None, 7, [], ["7", 8], "9" * 5000, "3..4", "5 +", "(1,2"],
 )
 def test_a_reference_that_cannot_be_read_fails_by_task_id(reference):
     with pytest.raises(ValueError, match="task sum/17"):
