@@ -162,12 +162,10 @@ def engine(tasks: int, turns: int) -> dict:
 
     chain = prose()
     draw = random.Random(0)
-    prompts = [(chain.start, *(draw.randrange(3, 29) for _ in range(8))) for _ in range(tasks)]
+    prompts = [(chain.start, *(draw.randrange(3, 29) for _ in range(24))) for _ in range(tasks)]
     with tempfile.TemporaryDirectory() as folder, cluster("local"):
         write_checkpoint(chain, Path(folder))
-        # On the CPU vLLM 0.32 dies when the prompts of one step exceed its token budget (2048) and requests are seeded:
-        # short prompts and 96 sequences stay below it.
-        placement = Placement(max_model_len=512, max_num_seqs=96, kv_cache_gib=0.5)
+        placement = Placement(max_model_len=512, max_num_seqs=256, kv_cache_gib=0.5)
         served = Engines.start(Path(folder), placement, Sampling(max_tokens=256), seed=1)
         try:
             return asyncio.run(_measure(served, chain, prompts, Path(folder), turns))

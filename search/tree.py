@@ -65,6 +65,7 @@ class Record:
     reserved: int = 0  # tokens that calls in flight may still generate
     known: set[int] = field(default_factory=set)  # keys of paths that the rows can rebuild
     scores: dict[tuple[int, ...], asyncio.Future[float]] = field(default_factory=dict)
+    prompts: set[tuple[int, ...]] = field(default_factory=set)  # read by the scorer
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Tree:
             if ids[:read] in record.scores:
                 break
         else:
-            read = 0
+            read = read if path.prompt in record.prompts else 0
+            record.prompts.add(path.prompt)
         record.ledger.judged += len(ids) - read
         value = float(await self.judge(path))
         if math.isnan(value):
