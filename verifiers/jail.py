@@ -31,6 +31,7 @@ except ImportError:
 HEADER = struct.Struct("<QQQ")  # memory bytes, processes, disk bytes: the limits of one run
 REPORT = struct.Struct("<i8sd")  # wait status, what was exceeded ("" if nothing), CPU seconds used
 SETUP_FAILED = b"setup"  # as what was exceeded: our failure, not the program's
+PACKAGES = "/packages"
 INSIDE_ID = 1000  # user and group of the program inside
 PRELOAD = (
     "types", "re", "math", "random", "collections", "itertools", "functools", "heapq", "bisect", "string",
@@ -79,6 +80,8 @@ def encode(value):
     if isinstance(value, complex):
         value = complex.__add__(value, 0j)
         return _tagged("complex", f"[{encode(value.real)},{encode(value.imag)}]")
+    if hasattr(kind, "tolist"):  # numpy's arrays and numbers
+        return encode(value.tolist())
     raise TypeError(f"{kind.__name__} is not plain data")
 
 
@@ -295,19 +298,21 @@ def hidden_paths():
     return [path for path in found if os.path.isdir(path) and not os.path.islink(path)]
 
 
-def build_root():
-    """A read-only root with nothing but `readable_paths`, a few devices and an empty /tmp. Returns fds of /proc and of
-    the pid namespace; /proc itself is not in the root.
+def build_root(packages):
+    """A read-only root with nothing but `readable_paths`, the `packages`, a few devices and an empty /tmp. Returns fds
+    of /proc and of the pid namespace; /proc itself is not in the root.
     """
     pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     hidden = hidden_paths()
     _mount(None, "/", flags=REC | SLAVE)
     root = "/sys"  # any directory that holds nothing needed below
     _mount("tmpfs", root, "tmpfs", NOSUID, "size=1m,mode=755")
-    for path in readable_paths():
-        _place(path, root + path)
-        _mount(path, root + path, flags=BIND | REC)
-        _read_only(root + path)
+    seen = [(path, path) for path in readable_paths()]
+    seen += [(path, f"{PACKAGES}/{os.path.basename(path)}") for path in packages]
+    for path, place in seen:
+        _place(path, root + place)
+        _mount(path, root + place, flags=BIND | REC)
+        _read_only(root + place)
     for path in hidden:
         _mount("tmpfs", root + path, "tmpfs", NOSUID | NODEV | RDONLY, "size=4k,mode=755")
     for path in ("/bin", "/lib", "/lib64"):
@@ -427,15 +432,17 @@ def _limit(memory, processes, disk):
 # -- the server --------------------------------------------------------------------------------------------------
 
 
-def serve(level, control_fd):
-    """Start runs as told until the control socket closes. `level` is how much of a wall there is (see `sandbox`)."""
+def serve(level, control_fd, packages):
+    """Start runs as told until the control socket closes. `level` is how much of a wall there is (see `sandbox`),
+    `packages` are folders of installed packages that programs may import.
+    """
     import _socket
 
     control = _socket.socket(fileno=control_fd)
     user, proc, pid_namespace = 0, None, None
     if level == "namespaces":
         user = enter_namespaces()
-        proc, pid_namespace = build_root()
+        proc, pid_namespace = build_root(packages)
     elif level == "bubblewrap":
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if level == "namespaces":
@@ -443,6 +450,7 @@ def serve(level, control_fd):
             if _prctl(PR_CAPBSET_DROP, capability) == -1:
                 break
     walls = (level, user, pid_namespace, _seccomp_filter() if level != "none" else b"")
+    sys.path += [PACKAGES] if level != "none" else {os.path.dirname(path): 0 for path in packages}
     control.send(b"ready")
     compile("0", "", "exec")  # makes the syntax classes: a millisecond that each fork would spend anew
     wanted = iter(PRELOAD)
@@ -568,4 +576,4 @@ def _kill_group(pid):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -19,8 +19,8 @@ Levels of isolation, in each `level` and so in each verdict:
                  counts against the program.
     none         rlimits only. Never chosen by itself: the program could read and write whatever this process can.
 
-What stands in the way of a program: no file of the machine but system libraries, commands and Python's standard
-library, all read-only (site-packages are hidden: they may hold benchmarks with answers); no network; no capabilities,
+What stands in the way of a program: no file of the machine but system libraries, commands, Python's standard library
+and numpy, all read-only (other packages are hidden: they may hold benchmarks with answers); no network; no capabilities,
 no way to new ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per process by
 rlimit, together by the server's watch), processes, open files, wall-clock time and output; its end ends all it
 started.
@@ -36,6 +36,7 @@ machine around it.
 from __future__ import annotations
 
 import array
+import importlib.util
 import json
 import marshal
 import os
@@ -92,10 +93,12 @@ class NoIsolation(RuntimeError):
 class Sandbox:
     """A server for runs, one at a time; started when first needed, and again when lost. For one thread at a time."""
 
-    def __init__(self, isolation: str = "auto", limits: Limits = Limits()) -> None:
+    def __init__(
+        self, isolation: str = "auto", limits: Limits = Limits(), packages: tuple[str, ...] = ("numpy",)
+    ) -> None:
         if isolation not in ("auto", *LEVELS):
             raise ValueError(f'isolation="{isolation}": choose one of auto, {", ".join(LEVELS)}')
-        self.isolation, self.limits = isolation, limits
+        self.isolation, self.limits, self.packages = isolation, limits, packages
         self._server: _Server | None = None
 
     @property
@@ -118,7 +121,7 @@ class Sandbox:
         for _ in range(2):  # a server that died since the last run is replaced once
             if self._server is None or self._server.lost or self._server.process.poll() is not None:
                 self.close()
-                self._server = _Server(self.level)
+                self._server = _Server(self.level, _folders(self.packages))
             try:
                 return Run(self._server, order, limits or self.limits)
             except OSError:
@@ -302,14 +305,14 @@ def _request(message: Any) -> bytes:
 class _Server:
     """The outer end of a `jail` server."""
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, packages: tuple[str, ...]) -> None:
         self.level, self.lost = level, False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
         # bwrap maps its caller's user into the sandbox, and the kernel exempts root from process limits
         other = 2_000_000_000 + os.getpid() if level == "bubblewrap" and os.geteuid() == 0 else None
         self.process = subprocess.Popen(
-            _command(level, fd),
+            _command(level, fd, packages),
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -320,6 +323,7 @@ class _Server:
                 "LANG": "C.UTF-8",
                 "PYTHONHASHSEED": "0",
                 "MALLOC_ARENA_MAX": "2",
+                "OPENBLAS_NUM_THREADS": "1",
             },
             start_new_session=True,
             user=other,
@@ -370,20 +374,31 @@ class _Server:
         self.process.wait()
 
 
-def _command(level: str, fd: int) -> list[str]:
+@cache
+def _folders(packages: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the installed ones of these packages are, and the libraries that wheels put beside them."""
+    specs = [importlib.util.find_spec(name) for name in packages]
+    found = [Path(spec.submodule_search_locations[0]) for spec in specs if spec and spec.submodule_search_locations]
+    beside = [folder.with_name(f"{folder.name}.libs") for folder in found]
+    return tuple(str(path) for path in (*found, *beside) if path.is_dir())
+
+
+def _command(level: str, fd: int, packages: tuple[str, ...]) -> list[str]:
     python = [_python(), "-I", "-S", "-X", "utf8"]
     if level != "bubblewrap":
-        return [*python, jail.__file__, level, str(fd)]
+        return [*python, jail.__file__, level, str(fd), *packages]
     walls = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     walls += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev"]
     for path in [*jail.readable_paths(), str(Path(_python()).parent)]:
         walls += ["--ro-bind", path, path]
+    for path in packages:
+        walls += ["--ro-bind", path, f"{jail.PACKAGES}/{Path(path).name}"]
     for path in jail.hidden_paths():
         walls += ["--tmpfs", path]
     for path in ("/bin", "/lib", "/lib64"):
         walls += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
     return [*walls, "--size", str(64 << 20), "--tmpfs", "/tmp", "--ro-bind", jail.__file__, "/jail.py",
-            *python, "/jail.py", level, str(fd)]  # fmt: skip
+            *python, "/jail.py", level, str(fd), *packages]  # fmt: skip
 
 
 @cache

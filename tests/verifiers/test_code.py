@@ -73,6 +73,8 @@ HONEST = {
     "asyncio": (SQUARE, "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x * x\ndef solve(x): return asyncio.run(f(x))"),
     "subprocess": (SQUARE, "import subprocess\ndef solve(x): return x * x if subprocess.run(['true']).returncode == 0 else 0"),
     "zoneinfo": (SQUARE, "import zoneinfo\nzoneinfo.ZoneInfo('Europe/Berlin')\ndef solve(x): return x * x"),
+    "numpy numbers": (SQUARE, "import numpy as np\ndef solve(x): return np.square(np.int64(x))"),
+    "numpy arrays": (call([([[[1, 2], [3, 4]]], [[1, 3], [2, 4]])]), "import numpy as np\ndef solve(a): return np.array(a).T"),
     "a temporary file": (SQUARE, "import tempfile\ndef solve(x):\n    with tempfile.TemporaryFile('w+') as f:\n        f.write(str(x * x)); f.seek(0)\n        return int(f.read())"),
     "catches its own exits": (SQUARE, "def solve(x):\n    try: exit()\n    except SystemExit: return x * x"),
     "pickles itself": (SQUARE, "import pickle\nclass A:\n    def __init__(self, x): self.x = x\ndef solve(x): return pickle.loads(pickle.dumps(A(x))).x ** 2"),
