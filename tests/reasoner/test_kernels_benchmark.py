@@ -62,6 +62,7 @@ def test_baselines_compute_the_same_as_the_ops(benchmark):
     )
 
 
-def test_figure_that_was_not_measured_is_neither_reached_nor_missed(benchmark):
-    assert benchmark.Figure("x", None, 1.0).reached is None
-    assert benchmark.Figure("x", 1.2, 1.0, at_most=True).reached is False
+def test_figure_is_reached_from_its_own_side(benchmark):
+    assert benchmark.Figure("x", 1.2, 1.0).reached
+    assert not benchmark.Figure("x", 1.2, 1.0, at_most=True).reached
+    assert not benchmark.Figure("x", float("nan"), 1.0).reached
