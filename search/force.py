@@ -23,7 +23,7 @@ class Force:
     n: int = 1
     waits: int = 1
     wait: str = "\nWait"
-    answer: str = "\nThe final answer is"
+    finish: str = "\nThe final answer is"
     answer_tokens: int = 16
     method: ClassVar[str] = "vote"
 
@@ -44,8 +44,8 @@ class Force:
                 if path.end == "stop":
                     path = await go_on(path, self.wait, engine.sampling.max_tokens)
             if path.end == "length":
-                room = engine.write(path, self.answer).length + self.answer_tokens
-                path = await go_on(path, self.answer, room)
+                room = engine.write(path, self.finish).length + self.answer_tokens
+                path = await go_on(path, self.finish, room)
             return path
 
         return await together(one(path) for path in await engine.extend(root, n=self.n))

@@ -20,7 +20,7 @@ from itertools import combinations
 import numpy as np
 
 from search.base import Sampling, Trajectory
-from search.metrics import maj_at_k, student_quantile, wilson
+from search.metrics import best_of_k, maj_at_k, student_quantile, wilson
 
 Answer = Callable[[str], str | None]
 Equal = Callable[[str, str], bool]
@@ -299,8 +299,8 @@ def at_k(
 ) -> AtK:
     """Expected accuracy of the estimator's answer over the k-subsets of n independent draws. Ties share the credit.
 
-    correct: whether each path was judged right (None: not judged), or a judge of answers. Exact for the vote
-    (closed form) and when there are at most `subsets` subsets; else that many are drawn, seeded, and `exact` is False.
+    correct: whether each path was judged right (None: not judged), or a judge of answers. Exact for the vote and the
+    best (closed forms) and when there are at most `subsets` subsets; else that many are drawn, seeded, and `exact` is False.
     """
     if method in ("gumbel", "particle", "distinct_sum"):
         raise ValueError(f"method={method!r} needs the whole draw: run the search with n={k} paths instead of at_k")
@@ -315,6 +315,9 @@ def at_k(
         else:
             judged = [float(c) for c, label in zip(correct, classes, strict=True) if label == i and c is not None]
             worth[i] = math.fsum(judged) / len(judged) if judged else 0.0
+    if method == "best":
+        scores = np.where(draws.labels < len(names), draws.weights, -math.inf).tolist()  # unfinished: only if all are
+        return AtK(best_of_k(scores, np.append(worth, 0.0)[draws.labels].tolist(), k), True, 0, 0.0)
     if method == "vote":
         counts = np.bincount(draws.labels, minlength=len(names) + 1).tolist()
         return AtK(maj_at_k(counts[:-1], worth.tolist(), k, blank=counts[-1]), True, 0, 0.0)

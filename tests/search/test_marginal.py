@@ -289,6 +289,19 @@ def test_accuracy_at_k_is_the_brute_force_mean_over_subsets():
         assert got.exact and got.value == pytest.approx(np.mean(values), abs=1e-12)
 
 
+def test_best_of_k_by_score_is_the_brute_force_mean_over_subsets():
+    paths = draw(9, seed=3)
+    paths[2] = replace(paths[2], end="length")
+    scores = [0.1 * (i * 5 % 9) for i in range(9)]
+    scores[2] = 5.0  # unfinished, so its score wins nothing
+    right = [same_number(CHAIN.answer(p.text), "18") for p in paths]
+    got = at_k(paths, right, 3, method="best", weights=scores, equal=same_number, answer=CHAIN.answer)
+    values = []
+    for subset in itertools.combinations(range(9), 3):
+        values.append(right[max((i for i in subset if i != 2), key=lambda i: scores[i])])
+    assert got.exact and got.value == pytest.approx(np.mean(values), abs=1e-12)
+
+
 def test_resampled_accuracy_says_so_and_agrees_with_the_exact_one():
     paths = draw(14, seed=4)
     right = [same_number(CHAIN.answer(p.text), "18") for p in paths]

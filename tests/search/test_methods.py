@@ -1,11 +1,13 @@
 """Each search against exact values on the toy chains, or against a script that says what must happen."""
 
 import asyncio
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from search import SEARCHES
 from search.adaptive import Adaptive, allocate, mode_confidence
 from search.base import END, TOKENS, Alternative, Sampling, Step, bind, derive
 from search.beam import Beam
@@ -506,6 +508,9 @@ def test_answers_are_read_the_way_the_caller_binds():
     assert search.answer == CHAIN.answer and search.equal == same_number
     assert bind(Sample(), CHAIN.answer, same_number) == Sample()  # looks at no answer
     assert bind(CotDecoding(), CHAIN.answer, None).answer == CHAIN.answer
+    for kind, search in SEARCHES.items():  # binding fills in callables and never overwrites a knob
+        fields = {f.name: f.default for f in dataclasses.fields(search) if f.name in ("answer", "equal")}
+        assert all(default is None or callable(default) for default in fields.values()), kind
 
 
 def test_trajectory_weights_of_plain_draws_are_neutral():
