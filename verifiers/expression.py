@@ -30,6 +30,7 @@ Tree = tuple[Any, ...]
 CHARACTERS, TOKENS, DEPTH, DIGITS = 2000, 500, 40, 1000  # bounds on what is read
 
 
+RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "∈", "≈")
 LABEL = 12  # tokens of a unit
 _NO_LABEL = frozenset(  # words after a number that change it
     "not no isn't to is are was or if plus minus times over by divided factorial choose more less than half "
@@ -275,7 +276,7 @@ class _Reader:
     def statement(self) -> Tree:
         self.descend()
         parts, ops = [self.ratio()], []
-        while self.here is not None and self.sees("=", "<", ">", "<=", ">=", "!=", "∈", "≈"):
+        while self.here is not None and self.sees(*RELATIONS):
             ops.append(self.here.text)
             self.at += 1
             parts.append(self.ratio())
@@ -871,44 +872,50 @@ class _Reader:
                 self.at += 1
         elif name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix"):
             raise Unreadable(f"environment {name!r} is not read")
+        if self.states_something():
+            return self.system()
         rows: list[list[Tree]] = [[]]
-        while True:
-            if self.here is not None and self.here.kind == "cmd" and self.here.text == "end":
-                break
+        while not self.ends():
             if self.here is not None and self.here.kind == "cmd" and self.here.text == "hline":
                 self.at += 1
                 continue
             rows[-1].append(self.sum())
-            if self.take("&"):
-                continue
             if self.take("\\\\"):
                 rows.append([])
-                continue
-            break
-        if self.here is None or self.here.kind != "cmd" or self.here.text != "end":
-            raise Unreadable("a matrix never ends")
-        self.at += 1
-        self.need("{")
-        self.at += 1
-        self.need("}")
+            elif not self.take("&"):
+                break
+        self.end()
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise Unreadable("rows of a matrix differ in length")
         return ("matrix", tuple(tuple(row) for row in rows))
 
-    def system(self) -> Tree:
-        r"""Statements on lines of their own: `\begin{cases} x = 1 \\ y = 2 \end{cases}`."""
-        items = [self.statement()]
-        while self.take("\\\\", ","):
-            if self.here is not None and self.here.kind == "cmd" and self.here.text == "end":
-                break
-            items.append(self.statement())
-        if self.here is None or self.here.kind != "cmd" or self.here.text != "end":
-            raise Unreadable("cases with conditions")
+    def states_something(self) -> bool:
+        """Whether a relation stands before the next end of an environment: then it is no matrix."""
+        for token in self.tokens[self.at :]:
+            if token.kind == "cmd" and token.text == "end":
+                return False
+            if token.kind == "op" and token.text in RELATIONS:
+                return True
+        return False
+
+    def ends(self) -> bool:
+        return self.here is not None and self.here.kind == "cmd" and self.here.text == "end"
+
+    def end(self) -> None:
+        if not self.ends():
+            raise Unreadable("an environment never ends")
         self.at += 1
         self.need("{")
         self.at += 1
         self.need("}")
+
+    def system(self) -> Tree:
+        r"""Statements on lines of their own: `\begin{cases} x = 1 \\ y = 2 \end{cases}`."""
+        items = [self.statement()]
+        while self.take("\\\\", ",") and not self.ends():
+            items.append(self.statement())
+        self.end()
         return ("list", *items)
 
 

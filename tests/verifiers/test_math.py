@@ -233,6 +233,15 @@ x+10^{-60} || x
 """)
 
 SAME = table(r"""
+x=1,y=2 || \begin{array}{l} x=1 \\ y=2 \end{array}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} || \begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}
+\frac{1}{2} || \dfrac{1}{2} \text{ or } 0.5
+1024 || 2^{10} = 1024
+5 || \text{The answer is } 5
+[0,\frac12)\cup(\frac12,1] || 0 \leq x \leq 1 \text{ and } x \neq \frac12
+A\cup B || A \cup B
+\text{none of the above} || \text{None of the above}
+7,11 || 7,\,11
 11,\! 111,\! 111,\! 100 || 11111111100
 15\mbox{ cm}^2 || 15 cm^2
 137 \frac{1}{2} || 137.5
