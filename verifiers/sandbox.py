@@ -20,10 +20,10 @@ Levels of isolation, in each `level` and so in each verdict:
     none         rlimits only. Never chosen by itself: the program could read and write whatever this process can.
 
 What stands in the way of a program: no file of the machine but system libraries, commands, Python's standard library
-and numpy, all read-only (other packages are hidden: they may hold benchmarks with answers); no network; no capabilities,
-no way to new ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per process by
-rlimit, together by the server's watch), processes, open files, wall-clock time and output; its end ends all it
-started.
+and numpy, all read-only (other packages are hidden: they may hold benchmarks with answers); no network; no
+capabilities, no way to new ones, none to further namespaces; an empty tmpfs of bounded size; bounds on memory (per
+process by rlimit, together by the server's watch), processes, open files, wall-clock time and output; its end ends all
+it started.
 
 What it does not stop: a hole in the kernel's system calls, which are filtered but not emulated (on processors other
 than x86-64 not filtered either, which leaves a virtual machine's vsock open); side channels such as timing and caches;
@@ -386,7 +386,8 @@ def _folders(packages: tuple[str, ...]) -> tuple[str, ...]:
 def _command(level: str, fd: int, packages: tuple[str, ...]) -> list[str]:
     python = [_python(), "-I", "-S", "-X", "utf8"]
     if level != "bubblewrap":
-        return [*python, jail.__file__, level, str(fd), *packages]
+        compiled = jail.__cached__ or ""  # compiling anew is a quarter of a cold start
+        return [*python, compiled if os.path.exists(compiled) else jail.__file__, level, str(fd), *packages]
     walls = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     walls += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev"]
     for path in [*jail.readable_paths(), str(Path(_python()).parent)]:
