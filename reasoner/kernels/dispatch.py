@@ -74,13 +74,10 @@ def library(source: str, x: torch.Tensor, *misfits: str | None) -> ctypes.CDLL |
     target = target_of(x)
     if target is None:
         return None
-    why = next(filter(None, misfits), None)
-    if why is None:
-        try:
-            return _load(source, target)
-        except (RuntimeError, OSError) as error:
-            why = str(error)
-    message = f"{source}: {why}"
+    found = next(filter(None, misfits), None) or _load(source, target)
+    if isinstance(found, ctypes.CDLL):
+        return found
+    message = f"{source}: {found}"
     if _mode in ("require", "emulate"):
         raise ValueError(f'{message}; kernels="{_mode}" forbids the reference: change the size, or use kernels="auto"')
     _say_once(f"{message}; the PyTorch reference runs instead")
@@ -88,11 +85,14 @@ def library(source: str, x: torch.Tensor, *misfits: str | None) -> ctypes.CDLL |
 
 
 @functools.cache
-def _load(source: str, target: str) -> ctypes.CDLL:
-    major = int(target.removeprefix("sm_").rstrip("a")) // 10 if target.startswith("sm_") else 9
-    if major < 8:
-        raise RuntimeError(f"{target} is older than sm_80")
-    return build.load(build.SOURCES / f"{source}.cu", target)
+def _load(source: str, target: str) -> ctypes.CDLL | str:
+    """The library, or why there is none: kept, because a compiler that failed once must not run at every call."""
+    if target.startswith("sm_") and int(target.removeprefix("sm_").rstrip("a")) < 80:
+        return f"{target} is older than sm_80"
+    try:
+        return build.load(build.SOURCES / f"{source}.cu", target)
+    except (RuntimeError, OSError) as error:
+        return str(error)
 
 
 def dtype_misfit(*tensors: torch.Tensor) -> str | None:

@@ -110,24 +110,54 @@ def test_misfit_is_an_error_where_the_kernel_is_required():
         token_logprob(x, torch.zeros(3, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
 
 
-def test_misfit_is_said_once_and_the_reference_runs(monkeypatch, caplog):
+@pytest.fixture
+def as_if_on_hopper(monkeypatch, caplog):
+    """CPU tensors ask for the GPU's kernels, as GPU tensors would; nothing of it is remembered."""
+    caches = (build.load, dispatch._load, dispatch._say_once)
+    for cache in caches:
+        cache.cache_clear()
     monkeypatch.setattr(dispatch, "target_of", lambda x: "sm_90a")
-    x = torch.zeros(2, 8, dtype=torch.float64)
-    dispatch._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "reasoner.kernels"):
-        for _ in range(3):
-            token_logprob(x, torch.zeros(3, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
-    assert len(caplog.records) == 1 and "float64" in caplog.text and "reference runs" in caplog.text
+        yield caplog
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_machine_without_compiler_says_so_once_and_uses_the_reference(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "target_of", lambda x: "sm_90a")
+def call_three_times(dtype=torch.float32):
+    for _ in range(3):
+        token_logprob(torch.zeros(2, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype), torch.zeros(2, dtype=torch.long))
+
+
+def test_misfit_is_said_once_and_the_reference_runs(as_if_on_hopper):
+    call_three_times(torch.float64)
+    assert len(as_if_on_hopper.records) == 1
+    assert "float64" in as_if_on_hopper.text and "reference runs" in as_if_on_hopper.text
+
+
+def test_machine_without_compiler_says_so_once_and_uses_the_reference(as_if_on_hopper, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    build.load.cache_clear(), dispatch._load.cache_clear(), dispatch._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "reasoner.kernels"):
-        for _ in range(3):
-            token_logprob(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, dtype=torch.long))
-    assert [r.message for r in caplog.records] == ["head: no nvcc on the PATH; the PyTorch reference runs instead"]
+    call_three_times()
+    assert [r.message for r in as_if_on_hopper.records] == [
+        "head: no nvcc on the PATH; the PyTorch reference runs instead"
+    ]
+
+
+def test_compiler_that_fails_is_run_once(as_if_on_hopper, monkeypatch):
+    tries = []
+
+    def fails(source, target):
+        tries.append(source)
+        raise RuntimeError("head.cu does not compile")
+
+    monkeypatch.setattr(build, "compile", fails)
+    call_three_times()
+    assert len(tries) == 1 and len(as_if_on_hopper.records) == 1
+
+
+def test_older_gpu_uses_the_reference(as_if_on_hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "target_of", lambda x: "sm_75")
+    call_three_times()
+    assert "sm_75 is older than sm_80" in as_if_on_hopper.text
 
 
 def test_narrower_integers_are_read_as_the_same_numbers():
