@@ -76,5 +76,5 @@ def find(kind: str) -> type:
 
 __all__ = ["END", "STEP", "TOKENS", "SEARCHES", "Adaptive", "Alternative", "AtK", "Beam", "BestOf", "CotDecoding"]
 __all__ += ["Distinct", "Dvts", "Engine", "Estimate", "Force", "Ledger", "Mcts", "Outcome", "Particle", "Rebase"]
-__all__ += ["Refine", "Rejection", "Revise", "Sample", "Sampling", "Score", "Search", "SelfScore", "Step", "Trajectory", "Tree"]
-__all__ += ["Until", "again", "allocate", "at_k", "bind", "derive", "estimate", "explore", "find"]
+__all__ += ["Refine", "Rejection", "Revise", "Sample", "Sampling", "Score", "Search", "SelfScore", "Step", "Trajectory"]
+__all__ += ["Tree", "Until", "again", "allocate", "at_k", "bind", "derive", "estimate", "explore", "find"]

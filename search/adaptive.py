@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, again, require
+from search.base import Engine, Score, Trajectory, again, require, sane
 from search.marginal import estimate, group, last_line
 from search.tree import together
 
@@ -36,10 +36,13 @@ class Adaptive:
     equal: Callable[[str, str], bool] | None = None
     method: ClassVar[str] = "vote"
 
-    def check(self, engine: Engine, score: Score | None) -> None:
+    def __post_init__(self) -> None:
+        sane(self, positive=("n", "least", "lanes"))
         if not 0.5 < self.confidence <= 1:
             raise ValueError(f"Adaptive: confidence={self.confidence} must lie in (0.5, 1]")
-        require(self, engine, score, n=self.n, least=self.least, lanes=self.lanes)
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        require(self, engine, score)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         flights: list[asyncio.Task] = []

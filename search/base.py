@@ -159,7 +159,7 @@ class Search(Protocol):
     method: ClassVar[str]
 
     def check(self, engine: Engine, score: Score | None) -> None:
-        """Raise ValueError when a knob is wrong, or when the engine or scorer lacks what this search needs."""
+        """Raise ValueError when the engine or the scorer lacks what this search needs. (Knobs: `__post_init__`.)"""
         ...
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]: ...
@@ -174,6 +174,18 @@ def granularity(until: str | int) -> Until:
     return END if until == "end" else STEP
 
 
+def sane(search: object, *, positive: tuple[str, ...] = (), **choices: tuple[str, ...]) -> None:
+    """What a search's `__post_init__` is made of: wrong knobs are found when a config is read, not when it runs."""
+    kind = type(search).__name__
+    for knob in positive:
+        if not getattr(search, knob) > 0:
+            raise ValueError(f"{kind}: {knob}={getattr(search, knob)} must be positive")
+    for knob, allowed in choices.items():
+        if getattr(search, knob) not in allowed:
+            raise ValueError(f"{kind}: {knob}={getattr(search, knob)!r} is none of {', '.join(allowed)}")
+    granularity(getattr(search, "until", "end"))
+
+
 def require(
     search: object,
     engine: Engine,
@@ -182,13 +194,9 @@ def require(
     judged: bool = False,
     until: str | int = "end",
     offers: tuple[Offer, ...] = (),
-    **positive: float,
 ) -> None:
     """What a search's `check` is made of: each need that is not met is a ValueError that says what to do."""
     kind = type(search).__name__
-    for knob, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{kind}: {knob}={value} must be positive")
     if judged and score is None:
         raise ValueError(f"{kind} needs a score and has none: bind a verifier or a process reward model to it")
     if granularity(until) == STEP and not engine.sampling.step:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, granularity, require
+from search.base import Engine, Score, Trajectory, granularity, require, sane
 from search.tree import best, spread
 
 
@@ -29,14 +29,14 @@ class Beam:
     expand: str = "sample"
     method: ClassVar[str] = "best"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("width", "branch"), expand=("sample", "top"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        if self.expand not in ("sample", "top"):
-            raise ValueError(f"Beam: expand={self.expand!r} is neither 'sample' nor 'top'")
         top = self.expand == "top"
         until = "end" if top else self.until
         offers = ("top", "logprobs") if top else ()
-        needs = {"width": self.width, "branch": self.branch}
-        require(self, engine, score, judged=not top or self.lookahead > 0, until=until, offers=offers, **needs)
+        require(self, engine, score, judged=not top or self.lookahead > 0, until=until, offers=offers)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         until = granularity(self.until)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, require
+from search.base import Engine, Score, Trajectory, require, sane
 from search.tree import best, likeliest, together
 
 
@@ -28,8 +28,11 @@ class CotDecoding:
     answer: Callable[[str], str | None] | None = None
     method: ClassVar[str] = "prm"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("k",))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        require(self, engine, score, offers=("top", "logprobs"), k=self.k)
+        require(self, engine, score, offers=("top", "logprobs"))
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         greedy = engine.at(temperature=0.0, top=2)

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Step, Trajectory, derive, require
+from search.base import Engine, Score, Step, Trajectory, derive, require, sane
 from search.tree import likeliest, together
 
 UNLISTED = -1  # stands for every token beyond the `top` listed ones
@@ -30,8 +30,11 @@ class Distinct:
     top: int = 64
     method: ClassVar[str] = "gumbel"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("n", "top"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        require(self, engine, score, offers=("top", "logprobs"), n=self.n, top=self.top)
+        require(self, engine, score, offers=("top", "logprobs"))
         if engine.sampling.temperature == 0:
             raise ValueError("Distinct draws at random but temperature=0 leaves one path: set it to 1")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, again, granularity, require
+from search.base import Engine, Score, Trajectory, again, granularity, require, sane
 from search.tree import best, spread, together
 
 
@@ -21,8 +21,11 @@ class Dvts:
     until: str | int = "step"
     method: ClassVar[str] = "best"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("trees", "branch"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        require(self, engine, score, judged=True, until=self.until, trees=self.trees, branch=self.branch)
+        require(self, engine, score, judged=True, until=self.until)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         until = granularity(self.until)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, require
+from search.base import Engine, Score, Trajectory, require, sane
 from search.tree import together
 
 
@@ -27,10 +27,13 @@ class Force:
     answer_tokens: int = 16
     method: ClassVar[str] = "vote"
 
-    def check(self, engine: Engine, score: Score | None) -> None:
+    def __post_init__(self) -> None:
+        sane(self, positive=("n", "answer_tokens"))
         if self.waits < 0:
             raise ValueError(f"Force: waits={self.waits} must be at least 0")
-        require(self, engine, score, offers=("write",), n=self.n, answer_tokens=self.answer_tokens)
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        require(self, engine, score, offers=("write",))
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         async def go_on(path: Trajectory, text: str, room: int) -> Trajectory:

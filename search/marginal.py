@@ -316,7 +316,7 @@ def at_k(
             judged = [float(c) for c, label in zip(correct, classes, strict=True) if label == i and c is not None]
             worth[i] = math.fsum(judged) / len(judged) if judged else 0.0
     if method == "best":
-        scores = np.where(draws.labels < len(names), draws.weights, -math.inf).tolist()  # unfinished: only if all are
+        scores = np.where(draws.labels < len(names), draws.weights, -math.inf).tolist()  # unfinished ones last
         return AtK(best_of_k(scores, np.append(worth, 0.0)[draws.labels].tolist(), k), True, 0, 0.0)
     if method == "vote":
         counts = np.bincount(draws.labels, minlength=len(names) + 1).tolist()

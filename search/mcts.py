@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, granularity, require
+from search.base import Engine, Score, Trajectory, granularity, require, sane
 from search.tree import best, spread, together
 
 
@@ -65,14 +65,13 @@ class Mcts:
     finish: int = 4
     method: ClassVar[str] = "best"
 
+    def __post_init__(self) -> None:
+        choices = {"policy": ("puct", "uct"), "value": ("score", "rollout"), "expand": ("sample", "top")}
+        sane(self, positive=("simulations", "branch", "c", "lanes", "finish"), **choices)
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        allowed = {"policy": ("puct", "uct"), "value": ("score", "rollout"), "expand": ("sample", "top")}
-        for knob, choices in allowed.items():
-            if getattr(self, knob) not in choices:
-                raise ValueError(f"Mcts: {knob}={getattr(self, knob)!r} is none of {', '.join(choices)}")
         until, offers = ("end", ("top", "logprobs")) if self.expand == "top" else (self.until, ())
-        numbers = {name: getattr(self, name) for name in ("simulations", "branch", "c", "lanes", "finish")}
-        require(self, engine, score, judged=True, until=until, offers=offers, **numbers)
+        require(self, engine, score, judged=True, until=until, offers=offers)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         top, ended = Node(root), {}

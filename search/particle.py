@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, derive, granularity, require
+from search.base import Engine, Score, Trajectory, derive, granularity, require, sane
 from search.tree import together
 
 
@@ -33,12 +33,13 @@ class Particle:
     target: str = "score"
     method: ClassVar[str] = "particle"
 
-    def check(self, engine: Engine, score: Score | None) -> None:
-        if self.target not in ("score", "model"):
-            raise ValueError(f"Particle: target={self.target!r} is neither 'score' nor 'model'")
+    def __post_init__(self) -> None:
+        sane(self, positive=("n",), target=("score", "model"))
         if not 0 <= self.ess <= 1:
             raise ValueError(f"Particle: ess={self.ess} must lie in 0..1 (0 never resamples, 1 always)")
-        require(self, engine, score, judged=True, until=self.until, n=self.n)
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        require(self, engine, score, judged=True, until=self.until)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         until, draw = granularity(self.until), random.Random(derive(root.seed, "resample"))

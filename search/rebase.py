@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, granularity, require
+from search.base import Engine, Score, Trajectory, granularity, require, sane
 from search.tree import best, spread, together
 
 
@@ -26,8 +26,11 @@ class Rebase:
     until: str | int = "step"
     method: ClassVar[str] = "prm"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("width", "balance"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        require(self, engine, score, judged=True, until=self.until, width=self.width, balance=self.balance)
+        require(self, engine, score, judged=True, until=self.until)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         until = granularity(self.until)

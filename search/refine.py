@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, again, require
+from search.base import Engine, Score, Trajectory, again, require, sane
 from search.mcts import Node
 from search.revise import CRITIQUE, REVISE, revision
 from search.tree import best
@@ -29,9 +29,11 @@ class Refine:
     request: str = REVISE
     method: ClassVar[str] = "best"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("drafts", "simulations", "branch", "c"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        numbers = {name: getattr(self, name) for name in ("drafts", "simulations", "branch", "c")}
-        require(self, engine, score, judged=True, offers=("write",), **numbers)
+        require(self, engine, score, judged=True, offers=("write",))
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         top, found = Node(root), []

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, granularity, require
+from search.base import Engine, Score, Trajectory, granularity, require, sane
 from search.tree import best, spread
 
 
@@ -25,10 +25,13 @@ class Rejection:
     until: str | int = 64
     method: ClassVar[str] = "best"
 
-    def check(self, engine: Engine, score: Score | None) -> None:
+    def __post_init__(self) -> None:
+        sane(self, positive=("n",))
         if not 0 < self.keep <= 1:
             raise ValueError(f"Rejection: keep={self.keep} must lie in (0, 1]")
-        require(self, engine, score, judged=True, until=self.until, n=self.n)
+
+    def check(self, engine: Engine, score: Score | None) -> None:
+        require(self, engine, score, judged=True, until=self.until)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         until = granularity(self.until)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, require
+from search.base import Engine, Score, Trajectory, require, sane
 from search.tree import best
 
 CRITIQUE = "Check the solution above step by step. Name the first mistake, or say that there is none."
@@ -30,10 +30,11 @@ class Revise:
     request: str = REVISE
     method: ClassVar[str] = "best"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("rounds",), feedback=("self", "score"))
+
     def check(self, engine: Engine, score: Score | None) -> None:
-        if self.feedback not in ("self", "score"):
-            raise ValueError(f"Revise: feedback={self.feedback!r} is neither 'self' nor 'score'")
-        require(self, engine, score, judged=self.feedback == "score", offers=("write",), rounds=self.rounds)
+        require(self, engine, score, judged=self.feedback == "score", offers=("write",))
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         versions: list[Trajectory] = []

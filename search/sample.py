@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from search.base import STEP, Engine, Score, Trajectory, require
+from search.base import STEP, Engine, Score, Trajectory, require, sane
 from search.tree import best, together
 
 AGGREGATES = {
@@ -33,9 +33,12 @@ class Sample:
     top: int = 0
     method: ClassVar[str] = "vote"
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("n",))
+
     def check(self, engine: Engine, score: Score | None) -> None:
         offers = (*(("arithmetic",) if self.arithmetic else ()), *(("top",) if self.top else ()))
-        require(self, engine, score, offers=offers, n=self.n)
+        require(self, engine, score, offers=offers)
 
     async def run(self, root: Trajectory, engine: Engine, score: Score | None) -> list[Trajectory]:
         changes = {name: value for name in ("arithmetic", "top") if (value := getattr(self, name))}
@@ -54,14 +57,15 @@ class BestOf:
     aggregate: str = "last"
     vote: bool = False
 
+    def __post_init__(self) -> None:
+        sane(self, positive=("n",), aggregate=tuple(AGGREGATES))
+
     @property
     def method(self) -> str:
         return "prm" if self.vote else "best"
 
     def check(self, engine: Engine, score: Score | None) -> None:
-        if self.aggregate not in AGGREGATES:
-            raise ValueError(f"BestOf: aggregate={self.aggregate!r} is none of {', '.join(AGGREGATES)}")
-        require(self, engine, score, judged=True, until="end" if self.aggregate == "last" else "step", n=self.n)
+        require(self, engine, score, judged=True, until="end" if self.aggregate == "last" else "step")
 
     async def run(self, root: Trajectory, engine: Engine, score: Score) -> list[Trajectory]:
         async def whole(path: Trajectory) -> Trajectory:
