@@ -138,8 +138,10 @@ class Math:
 
     def _against(self, golds: Sequence[Reading], answer: Reading) -> tuple[bool | None, str]:
         if not (answer.trees or answer.words or answer.choice):
-            same = any(_same_text(gold, answer) for gold in golds)
-            return same, "equal as text" if same else f"unreadable answer: {answer.why}"
+            if any(_same_text(gold, answer) for gold in golds):
+                return True, "equal as text"
+            readable = any(gold.trees or gold.words or gold.choice for gold in golds)
+            return False if readable else None, f"unreadable answer: {answer.why}"
         outcomes = []
         for gold in golds:
             if self.form == "simplest" and answer.trees and not finished(answer.trees[0]):

@@ -1084,6 +1084,8 @@ def test_what_can_be_read_but_not_compared_is_abstained_from():
     assert judge(gold, rf"\boxed{{{gold}}}").correct is True
     verdict = judge(gold, r"\boxed{5}")
     assert (verdict.status, verdict.score, verdict.correct) == ("abstained", None, None)
+    assert judge(gold, r"\boxed{\int_0^1 f(t)\,dt}").status == "abstained"
+    assert judge("5", rf"\boxed{{{gold}}}").correct is False
 
 
 def test_answers_group_into_classes():
