@@ -171,7 +171,8 @@ def extract(response: str, entry_point: str | None = None) -> str | None:
         defines = re.compile(
             rf"^(?:async def|def|class)\s+{re.escape(entry_point)}\b|^{re.escape(entry_point)}\s*=", re.M
         )
-        blocks = [text for text in blocks if defines.search(text)] or blocks
+        unfenced = [response] if defines.search(response) else []  # a bare program with a fence in a docstring
+        blocks = [text for text in blocks if defines.search(text)] or unfenced or blocks
     return blocks[-1] if blocks[-1].strip() else None
 
 

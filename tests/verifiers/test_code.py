@@ -41,6 +41,7 @@ HONEST = {
     "fenced, unclosed": (SQUARE, "```py\ndef solve(x):\n    return x * x"),
     "indented fence": (SQUARE, "1. Code:\n   ```python\n   def solve(x):\n       return x * x\n   ```"),
     "example of use last": (SQUARE, "```python\ndef solve(x): return x * x\n```\nUse:\n```python\nprint(solve(3))\n```"),
+    "bare, with a fence in its docstring": (SQUARE, 'def solve(x):\n    """Squares.\n\n    ```\n    solve(3)\n    ```\n    """\n    return x * x'),
     "after thinking": (SQUARE, "<think>```python\ndef solve(x): return 0\n```</think>```python\ndef solve(x): return x * x\n```"),
     "prints as well": (SQUARE, "def solve(x):\n    print('debug', x)\n    return x * x"),
     "reads and closes its own output": (SQUARE, "import sys\nsys.stdout.close()\ndef solve(x): return x * x"),
