@@ -759,7 +759,7 @@ def power(draw: random.Random) -> Made:
         str(b**n + 1),
         str(b**n - 1),
         f"{b * n}",
-        f"{n}^{{{b}}}" if (b, n) != (2, 4) else "17",
+        f"{n}^{{{b}}}" if b != n and (b, n) != (2, 4) else "17",
     ]
     return f"{b}^{{{n}}}", true, false
 
