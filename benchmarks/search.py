@@ -5,7 +5,7 @@ searches    accuracy and tokens of every search on the toy chain, with an exact 
 engine      64 questions in flight on one vLLM engine: throughput of each search against plain sampling, search
             overhead, ledger against tree minimum; its_hub on the same engine and questions if it is installed
 
-    python benchmarks/search.py [estimators] [searches] [engine] [--tasks 64] [--turns 3]
+    python -m benchmarks.search [estimators] [searches] [engine] [--tasks 64] [--turns 3]
 
 The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, so that answers and costs are
 the chain's and the time is the engine's and the search's. its_hub runs in this process on the very engine object, which
@@ -22,24 +22,21 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from search import SEARCHES, bind, estimate, explore  # noqa: E402
-from search.base import Sampling, Trajectory, derive  # noqa: E402
-from search.beam import Beam  # noqa: E402
-from search.distinct import Distinct  # noqa: E402
-from search.metrics import interval  # noqa: E402
-from search.sample import BestOf, Sample  # noqa: E402
-from search.toy import Chain, ChainEngine, same_number, trap  # noqa: E402
-from search.toy_checkpoint import write_checkpoint  # noqa: E402
-from search.tree import nodes  # noqa: E402
+from search import SEARCHES, bind, estimate, explore
+from search.base import Sampling, Trajectory, derive
+from search.beam import Beam
+from search.distinct import Distinct
+from search.metrics import interval
+from search.sample import BestOf, Sample
+from search.toy import Chain, ChainEngine, same_number, trap
+from search.toy_checkpoint import write_checkpoint
+from search.tree import nodes
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 CHAIN = trap()

@@ -300,7 +300,8 @@ def at_k(
     """Expected accuracy of the estimator's answer over the k-subsets of n independent draws. Ties share the credit.
 
     correct: whether each path was judged right (None: not judged), or a judge of answers. Exact for the vote and the
-    best (closed forms) and when there are at most `subsets` subsets; else that many are drawn, seeded, and `exact` is False.
+    best (closed forms) and where there are at most `subsets` subsets; else that many are drawn, by `seed`, and `exact`
+    is False.
     """
     if method in ("gumbel", "particle", "distinct_sum"):
         raise ValueError(f"method={method!r} needs the whole draw: run the search with n={k} paths instead of at_k")

@@ -309,6 +309,17 @@ def test_distinct_paths_summed_without_weights_fail_the_same_test():
     assert abs(np.mean(values) - sum(exact.values())) > 4 * np.std(values, ddof=1) / 10
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_intervals_of_distinct_paths_cover_at_their_level(normalise):
+    exact = {"18": 0.5893, "60": 0.25, "7": 0.1607}
+    covered, repeats = 0, 120
+    for paths in many(Distinct(n=8), repeats):
+        got = estimate(paths, equal=same_number, answer=CHAIN.answer, method="gumbel", normalise=normalise)
+        truth = next(mass for name, mass in exact.items() if same_number(name, got.answer))
+        covered += got.interval[0] <= truth <= got.interval[1]
+    assert covered / repeats > 0.95 - 4 * math.sqrt(0.95 * 0.05 / repeats)
+
+
 def test_first_of_distinct_paths_is_an_ordinary_sample():
     chain = random_chain(5)
     probability = dict(chain.paths())
