@@ -123,7 +123,9 @@ def test_logits_are_never_whole_in_memory(mode):
     given = inputs(8, 4, 8192)
     with using(mode), Largest() as largest:
         with_gradients(token_logprob, *given)
-    assert largest.elements == 4 * 8192  # the weight's gradient; a chunk of logits is smaller, all logits would be 8 * 8192
+    assert (
+        largest.elements == 4 * 8192
+    )  # the weight's gradient; a chunk of logits is smaller, all logits would be 8 * 8192
 
 
 def test_autocast_does_not_round_the_logits():
