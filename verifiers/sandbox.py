@@ -369,9 +369,12 @@ class _Server:
         return status, exceeded.rstrip(b"\0"), cpu_s, data[size:].decode(errors="replace")
 
     def close(self) -> None:
-        self.control.close()
-        self.process.kill()
-        self.process.wait()
+        self.control.close()  # at which it ends itself and all below it
+        try:
+            self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @cache
