@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rollouts  # noqa: F401 (guards the name `verifiers` before anything imports it)
-from reasoner import verify
-from reasoner.config import ConfigError, Run, load
+try:
+    import rollouts  # noqa: F401 (guards the name `verifiers` before anything imports it)
+except ImportError as error:
+    sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
+from reasoner import verify  # noqa: E402
+from reasoner.config import ConfigError, Run, load  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ class Learner:
     """Policy updates by TRL."""
 
     lr: float = 1e-5
-    loss: str = "dapo"  # a loss_type of TRL: grpo | dr_grpo | dapo | bnpo | cispo
+    loss: str = "dapo"  # one of LOSSES
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
     micro_batches: int = 1  # pieces that a batch is cut into to save memory
@@ -70,6 +70,8 @@ class Run:
     out: str = "runs"
     cache: str = "cache"  # warmed-up and converted base models, by content hash
 
+
+LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # loss_type of TRL 1.16
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", SOURCES),
@@ -221,6 +223,8 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(
             f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or sequence_mask"
         )
+    if learner.loss not in LOSSES:
+        raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
     if run.credit == GRPO() and getattr(run.search, "n", 2) < 2:

@@ -1,0 +1,43 @@
+# Everything lives in .venv, made from a pinned lock on first use.
+PYTHON ?= python3
+LOCK ?= requirements/cpu.lock
+BIN := .venv/bin
+
+.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-gpu lint lock clean
+
+quickstart: setup          ## train a small model to reason, on this machine, in minutes
+	$(BIN)/reasoner train configs/quickstart.toml
+
+test: setup                ## the default tests: CPU, no network, a few minutes
+	$(BIN)/python -m pytest
+
+setup: .venv/ready         ## make .venv (done by the two targets above when it is missing)
+
+.venv/ready: $(LOCK) pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c "import torch, vllm, trl, ray"
+	touch $@
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+bench-verifiers: setup
+	$(BIN)/python -m benchmarks.verifiers
+
+bench-search: setup
+	$(BIN)/python -m benchmarks.search
+
+bench-gpu:                 ## needs torch, transformers and nvcc alone
+	$(PYTHON) -m benchmarks.gpu
+
+lint: setup
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf .venv cache runs

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reasoner.config import ConfigError, load, to_dict
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
+
+
+def refused(*overrides: str, path: Path = QUICKSTART) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(path, overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("stepz=3", ["stepz", "Did you mean steps?"]),
+        ("learner.max_grad_nrom=1", ["Did you mean max_grad_norm?"]),
+        ("sampling.temprature=1.0", ["Did you mean temperature?"]),
+        ("search.kind='sampel'", ["Did you mean sample?"]),
+        ("credit.kind='grop'", ["Did you mean grpo?"]),
+        ("tasks.dataste='x'", ["Did you mean dataset?"]),
+        ("search.width=3", ["search.width", "Sample"]),
+        ("steps='many'", ["steps", "'many'", "int"]),
+        ("steps=true", ["steps", "bool"]),
+        ("sampling=3", ["sampling", "table"]),
+        ("evaluate.k=99", ["evaluate.k = 99", "evaluate.n = 16", "lower k"]),
+        ("sampling.max_tokens=500", ["500", "engine.max_model_len = 128", "raise max_model_len"]),
+        ("sampling.temperature=0.0", ["sampling.temperature", "raise it"]),
+        ("search.n=1", ["search.n = 1", "grpo", "raise n"]),
+        ("tasks_per_step=0", ["tasks_per_step = 0", "at least 1"]),
+        ("steps=-1", ["steps = -1", "at least 0"]),
+        ("learner.importance='tokens'", ["token_truncate"]),
+        ("learner.loss='daop'", ["learner.loss", "Did you mean dapo?"]),
+        ("name='a/b'", ["name", "folder"]),
+        ("engine.kind='sglang'", ["'vllm'", "'local'"]),
+        ("tasks.train=0", ["train=0"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override, names):
+    message = refused(override)
+    assert all(name in message for name in names), message
+
+
+def test_a_file_that_is_missing_or_broken_is_named(tmp_path):
+    assert "does not exist" in refused(path=tmp_path / "no.toml")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    assert "broken.toml" in refused(path=tmp_path / "broken.toml")
+    (tmp_path / "empty.toml").write_text("")
+    assert "name is missing" in refused(path=tmp_path / "empty.toml")
+
+
+def test_overrides_reach_nested_keys_and_keep_their_types():
+    run = load(QUICKSTART, ["learner.lr=1", "tasks.dataset=basic_arithmetic", "search.n=2", "credit.kind=shuffled"])
+    assert run.learner.lr == 1.0 and run.tasks.dataset == "basic_arithmetic" and type(run.credit).__name__ == "Shuffled"
+
+
+def test_the_resolved_config_says_the_kind_of_every_strategy_and_loads_again(tmp_path):
+    tree = to_dict(load(QUICKSTART))
+    assert tree["tasks"]["kind"] == "reasoning_gym" and tree["search"]["kind"] == "sample" and tree["credit"]["kind"] == "grpo"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda p: p.name)
+def test_every_config_loads_and_opens_with_what_it_needs_and_reaches(path):
+    load(path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#") and ("core" in first or "GPU" in first)
+
+
+def test_checking_loads_no_model_library():
+    code = f"import sys; from reasoner.__main__ import main; main(['check', {str(QUICKSTART)!r}])"
+    code += "; print([m for m in ('torch', 'ray', 'vllm', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "8000 for training, 200 held out" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_keys_stay_few():
+    tree = to_dict(load(QUICKSTART))
+    strategies = {"tasks", "base", "search", "credit"}  # their fields are their own
+    keys = sum(len(v) if isinstance(v, dict) else 1 for k, v in tree.items() if k not in strategies) + len(strategies)
+    assert keys <= 60

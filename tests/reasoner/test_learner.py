@@ -1,0 +1,161 @@
+"""What a batch becomes, and that a step of TRL's trainer moves the policy the way the advantages say."""
+
+import copy
+
+import pytest
+import torch
+
+from reasoner.config import Learner
+from reasoner.credit import Sample
+from reasoner.learner import collate, importance_ratio, learn, mismatch, supervise
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
+
+TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
+
+
+def model(seed: int = 0) -> ReasonerForCausalLM:
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8)
+    return ReasonerForCausalLM(ReasonerConfig.small(len(TOKENIZER), num_experts_per_tok=2, **sizes))
+
+
+def sample(answer: str, advantage: float, policy: ReasonerForCausalLM, *, shift: float = 0.0) -> Sample:
+    """An answer to one question, with the policy's own log-probabilities, moved by `shift` nats."""
+    prompt = TOKENIZER.encode("3+4=\n")
+    response = [*TOKENIZER.encode(answer), TOKENIZER.eos_token_id]
+    with torch.no_grad():
+        logps = policy(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    own = [logps[len(prompt) - 1 + i, t].item() - shift for i, t in enumerate(response)]
+    blank, full = len(prompt), len(response)
+    return Sample(
+        ids=(*prompt, *response),
+        loss_mask=(False,) * blank + (True,) * full,
+        logprobs=(0.0,) * blank + tuple(own),
+        advantages=(0.0,) * blank + (advantage,) * full,
+    )
+
+
+def run(policy, batches, tmp_path, **settings):
+    """Learn from the batches; returns what was sent back after each."""
+    heard = []
+
+    def generator():
+        for batch in batches:
+            heard.append((yield batch))
+
+    learn(
+        policy,
+        TOKENIZER,
+        generator(),
+        Learner(**({"lr": 1e-3, "balance_rate": 0.0} | settings)),
+        steps=len(batches),
+        seed=0,
+        temperature=1.0,
+        max_completion=16,
+        folder=tmp_path,
+    )
+    return heard
+
+
+def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(tmp_path):
+    policy = model()
+    good, bad = sample("7", 0.5, policy), sample("9", -0.5, policy)
+    before = [sum(s.logprobs) for s in (good, bad)]
+    heard = run(policy, [[good, bad]] * 3, tmp_path)
+    after = [sum(sample(a, 0, policy).logprobs) for a in ("7", "9")]
+    assert after[0] > before[0] + 0.01 and after[1] < before[1] - 0.01
+    assert len(heard) == 3 and heard[0]["mismatch"] < 1e-5 and heard[0]["grad_norm"] > 0
+
+
+def test_the_generator_runs_to_its_end_and_may_end_early(tmp_path):
+    policy = model()
+    batch = [sample("7", 0.5, policy), sample("9", -0.5, policy)]
+    ended = []
+
+    def generator():
+        yield batch
+        ended.append(True)
+
+    options = dict(seed=0, temperature=1.0, max_completion=16, folder=tmp_path)
+    learn(policy, TOKENIZER, generator(), Learner(lr=1e-3), steps=5, **options)
+    assert ended == [True]
+
+
+def test_the_importance_correction_is_on(tmp_path):
+    """Samplers' log-probabilities that are too high by 0.7 halve every ratio, and with it the gradient."""
+    norms = {}
+    for shift in (0.0, -0.7):
+        policy = model()
+        batch = [sample("7", 0.5, policy, shift=shift), sample("9", -0.5, policy, shift=shift)]
+        (heard,) = run(policy, [batch], tmp_path / str(shift), max_grad_norm=1e9)
+        norms[shift] = heard["grad_norm"]
+        assert heard["mismatch"] == pytest.approx(abs(shift), abs=1e-4)
+    assert norms[-0.7] / norms[0.0] == pytest.approx(0.4966, rel=1e-3)  # e^-0.7
+
+
+def test_advantages_act_per_token(tmp_path):
+    policy = model()
+    whole = sample("77", 1.0, policy)
+    start = whole.loss_mask.index(True)
+    first_only = Sample(whole.ids, whole.loss_mask, whole.logprobs, tuple(a * (i == start) for i, a in enumerate(whole.advantages)))
+    before = copy.deepcopy(policy)
+    run(policy, [[first_only, first_only]], tmp_path)
+    with torch.no_grad():
+        ids = torch.tensor([whole.ids])
+        gain = policy(input_ids=ids).logits.log_softmax(-1) - before(input_ids=ids).logits.log_softmax(-1)
+    assert gain[0, start - 1, whole.ids[start]] > 0.005
+
+
+def test_micro_batches_change_memory_not_the_step(tmp_path):
+    results = []
+    for pieces in (1, 2):
+        policy = model()
+        batch = [sample(a, adv, policy) for a, adv in (("7", 0.7), ("9", -0.2), ("12", -0.5))]  # 3 rows do not divide by 2
+        run(policy, [batch], tmp_path / str(pieces), micro_batches=pieces, lr=1e-2)
+        results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+
+
+def test_collating_pads_prompts_left_and_completions_right():
+    first = Sample((1, 2, 5, 6, 7), (False, False, True, False, True), (0.0, 0.0, -1.0, 0.0, -2.0), (0.0, 0.0, 0.5, 0.0, 0.5))
+    second = Sample((3, 8), (False, True), (0.0, -3.0), (0.0, -0.5))
+    batch = collate([first, second, second], pad=0, multiple=2)
+    assert batch["prompt_ids"].tolist()[:2] == [[1, 2], [0, 3]] and batch["prompt_mask"].tolist()[:2] == [[1, 1], [0, 1]]
+    assert batch["completion_ids"].tolist()[:2] == [[5, 6, 7], [8, 0, 0]]
+    assert batch["completion_mask"].tolist()[:2] == [[1, 1, 1], [1, 0, 0]]
+    assert batch["tool_mask"].tolist() == [[1, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]  # the filler teaches nothing
+    assert batch["advantages"].tolist()[3] == [0, 0, 0]
+    assert batch["sampling_per_token_logps"].tolist()[0] == [-1.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5, 3.0]]),
+        ("token_mask", [[2.0, 0.5, 0.0]]),
+        ("sequence_truncate", [[3.0]]),
+        ("sequence_mask", [[0.0]]),
+    ],
+)
+def test_ratios_are_capped_or_masked(mode, expected):
+    difference = torch.tensor([[2.0, 0.5, 8.0]]).log()
+    torch.testing.assert_close(importance_ratio(difference, mode, 3.0), torch.tensor(expected))
+
+
+def test_mismatch_is_the_mean_distance_to_the_samplers_logprobs():
+    policy = model()
+    assert mismatch(policy, [sample("7", 0, policy), sample("12", 0, policy)], 0) < 1e-5
+    assert mismatch(policy, [sample("7", 0, policy, shift=0.3)], 0) == pytest.approx(0.3, abs=1e-5)
+
+
+def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path):
+    policy = model()
+    prompt, answer = TOKENIZER.encode("3+4=\n"), [*TOKENIZER.encode("7"), TOKENIZER.eos_token_id]
+    row = (prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    losses = []
+    supervise(
+        policy, TOKENIZER, [row] * 64, steps=8, batch=8, lr=1e-2, seed=0, folder=tmp_path, progress=lambda s, x: losses.append(x)
+    )
+    assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
+    biases = [b for name, b in policy.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert any(b.abs().sum() > 0 for b in biases)

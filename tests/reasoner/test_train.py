@@ -1,0 +1,129 @@
+"""The whole loop on the in-process engine: no Ray, no vLLM, seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reasoner.__main__ import main
+from rollouts.journal import read
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+SMALL = (
+    "--engine.kind=local --steps=2 --tasks_per_step=4 --search.n=4 --tasks.train=64 --tasks.heldout=8 --base.steps=4 "
+    "--base.batch=8 --base.hidden=32 --base.layers=2 --evaluate.tasks=8 --evaluate.n=4 --evaluate.k=2 --sampling.max_tokens=24 "
+    "--verifier_workers=1 --learner.micro_batches=2"
+).split()
+
+
+def train(folder: Path, *more: str) -> Path:
+    assert main(["train", str(CONFIG), *SMALL, f"--out={folder}/runs", f"--cache={folder}/cache", *more]) == 0
+    return folder / "runs" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def rows(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in found]
+
+
+def test_a_run_leaves_everything_that_others_read(run):
+    summary = json.loads((run / "summary.json").read_text())
+    for side in ("base", "final"):
+        assert {"greedy", "mean_at_k", "pass_at_k", "maj_at_k", "marginal_at_k", "k", "n", "ci"} <= summary[side].keys()
+        assert 0 <= summary[side]["mean_at_k"] <= summary[side]["pass_at_k"] <= 1
+    assert {"warmup", "rollouts", "verify", "learn", "sync", "eval", "total"} <= summary["seconds"].keys()
+    assert {"generated", "prefilled"} <= summary["tokens"].keys() and summary["tokens"]["generated"] > 0
+    assert summary["mismatch"]["first"] < 0.01 and summary["mismatch"]["last"] < 0.01
+    assert {"versions", "seed", "peak_rss_bytes"} <= summary.keys()
+    assert (run / "report.html").stat().st_size > 1000
+    assert (run / "checkpoint" / "config.json").is_file() and (run / "checkpoint" / "model.safetensors").is_file()
+    assert json.loads((run / "config.json").read_text())["steps"] == 2
+
+
+def test_the_journal_holds_every_rollout_with_the_version_of_every_token(run):
+    groups = list(read(run / "journal.jsonl"))
+    assert [step for step, _, _ in groups] == [0] * 4 + [1] * 4
+    metrics = rows(run)
+    for step, version, group in groups:
+        assert version == metrics[step]["version"] and len(group.rollouts) == 4
+        for rollout in group.rollouts:
+            (span,) = rollout.trajectory.steps[0].versions
+            assert span == (version, 0, len(rollout.trajectory.steps[0].ids))
+
+
+def test_a_step_without_contrast_is_no_update(run):
+    for row, following in zip(rows(run), rows(run)[1:], strict=False):
+        assert following["version"] - row["version"] == (row["groups_used"] > 0)
+
+
+def test_two_runs_with_one_seed_give_identical_metrics(run, tmp_path):
+    assert rows(train(tmp_path)) == rows(run)
+
+
+def test_another_seed_gives_another_run(run, tmp_path):
+    assert rows(train(tmp_path, "--seed=5")) != rows(run)
+
+
+def test_an_earlier_run_of_the_same_name_is_moved_aside_not_lost(tmp_path):
+    first = train(tmp_path)
+    before = (first / "summary.json").read_text()
+    train(tmp_path)
+    assert (tmp_path / "runs" / "quickstart.1" / "summary.json").read_text() == before
+
+
+def test_a_checkpoint_can_be_evaluated(run, tmp_path, capsys):
+    arguments = [f"--checkpoint={run}/checkpoint", f"--out={tmp_path}"]
+    assert main(["eval", str(CONFIG), *SMALL, *arguments]) == 0
+    result = json.loads((tmp_path / "quickstart-eval" / "evaluation.json").read_text())
+    final = json.loads((run / "summary.json").read_text())["final"]
+    assert result["greedy"] == final["greedy"] and result["mean_at_k"] == final["mean_at_k"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert main(["train", str(CONFIG), "--dry-run", f"--out={tmp_path}/runs", f"--cache={tmp_path}/cache"]) == 0
+    assert "32 tasks, 256 paths" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz=3"], "Did you mean steps?"),
+        (["--base.kind=pretrained", "--base.path=nowhere"], "nowhere"),
+        (["--tasks.dataset=no_such_thing"], "no_such_thing"),
+        (["--tasks.kind=jsonl", "--tasks.path=missing.jsonl"], "missing.jsonl"),
+        (["--tasks.verifier=mathh"], "math"),
+        (["--tasks_per_step=100000"], "tasks_per_step = 100000"),
+        (["--engine.max_model_len=80", "--sampling.max_tokens=70"], "engine.max_model_len = 80"),
+        (["--search.kind=best_of"], "score"),
+        (["--ray=127.0.0.1:1", "--engine.kind=vllm"], "ray start --head"),
+    ],
+)
+def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(tmp_path, capsys, arguments, message):
+    plain = [a for a in SMALL if not any(a.split("=")[0] == b.split("=")[0] for b in arguments)]
+    if any("tasks.kind" in a for a in arguments):
+        plain = [a for a in plain if not a.startswith("--tasks.")]
+        config = tmp_path / "jsonl.toml"
+        config.write_text('name = "x"\nsteps = 1\n')
+    else:
+        config = CONFIG
+    code = main(["train", str(config), *plain, f"--out={tmp_path}/runs", f"--cache={tmp_path}/cache", *arguments])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and "Traceback" not in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_reference_that_the_verifier_cannot_read_names_its_task(tmp_path, capsys):
+    (tmp_path / "tasks.jsonl").write_text('{"question": "3+4=", "answer": ""}\n{"question": "1+1=", "answer": "2"}\n')
+    (tmp_path / "held.jsonl").write_text('{"question": "2+2=", "answer": "4"}\n')
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'name = "x"\nsteps = 1\ntasks_per_step = 1\n[tasks]\nkind = "jsonl"\npath = "{tmp_path}/tasks.jsonl"\n'
+        f'heldout_path = "{tmp_path}/held.jsonl"\n'
+    )
+    assert main(["check", str(config)]) == 2
+    assert "tasks/1" in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""What we rely on in TRL 1.16: private names and behaviours that a new version may change without notice."""
+
+import inspect
+from importlib.metadata import version
+
+import reasoner.learner  # noqa: F401 (first: it keeps TRL from importing vllm)
+from trl import GRPOTrainer, import_utils
+
+
+def test_the_version_is_the_one_that_was_read():
+    assert version("trl").startswith("1.16.")
+
+
+def test_trl_asks_import_utils_for_vllm_so_that_it_stays_out_of_this_process():
+    assert import_utils.is_vllm_available() is False
+
+
+def test_one_method_makes_the_batch_of_a_generation():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._generate_and_score_completions(generation_batch)" in source
+    assert "split_tensor_dict(generation_batch, self.args.steps_per_generation)" in source
+
+
+def test_the_loss_takes_advantages_per_token_and_our_keys():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "if advantages.dim() == 1" in source
+    for key in ("tool_mask", "old_per_token_logps", "importance_sampling_ratio", "num_items_in_batch"):
+        assert f'"{key}"' in source
+    assert 'if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo"' in source
+
+
+def test_logprobs_come_from_the_method_we_call():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+
+
+def test_we_override_that_one_method_alone():
+    from reasoner.learner import PolicyTrainer
+
+    own = {name for name in vars(PolicyTrainer) if hasattr(GRPOTrainer, name)}
+    assert own - {"__module__", "__doc__", "__init__"} <= {"_generate_and_score_completions"}
