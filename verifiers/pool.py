@@ -214,6 +214,8 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this pool is closed")
+            if self._owner != os.getpid():
+                raise RuntimeError("this pool belongs to the process it was made in: make another one after a fork")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
                 self._thread.start()
@@ -541,8 +543,9 @@ def _work(requests: socket.socket, memory_mb: int) -> None:
     from verifiers import get
 
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # left as it is: programs in a sandbox have limits of their own
     limit = mapped + (memory_mb << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     judges: dict[tuple[str, str], Any] = {}
     try:

@@ -267,6 +267,23 @@ def test_judge_in_a_script_serves_and_its_noise_stays_off_stdout(tmp_path):
     assert done.stdout == "[True, False]\n", done.stderr
 
 
+def test_pool_of_another_process_says_so(pool):
+    ask(pool, "yes")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            ask(pool, "yes")
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with open(read) as said:
+        assert "after a fork" in said.read()
+
+
 def test_many_threads_share_one_pool():
     with ThreadPoolExecutor(8) as threads:
         said = list(
