@@ -30,6 +30,7 @@ class Learner:
     """Policy updates by TRL."""
 
     lr: float = 1e-5
+    lr_warmup: int = 5  # steps over which the rate rises to `lr`: Adam's first steps are as large as its later ones
     loss: str = "dapo"  # one of LOSSES
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
@@ -129,10 +130,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return _dataclass(kind, _expect(value, Mapping, where), where)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        kind = next(t for t in inner if t is not type(None))
-        return _build(kind, value, where)
+        return _first_that_fits(inner, value, where)
     if origin is typing.Literal:
         if value not in inner:
             raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(repr, inner))}")
@@ -144,6 +142,19 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if kind is Any else _expect(value, kind, where)
+
+
+def _first_that_fits(kinds: Sequence[Any], value: Any, where: str) -> Any:
+    """`value` as one of several types; when it is none of them, the first one's complaint."""
+    if value is None and type(None) in kinds:
+        return None
+    complaints = []
+    for kind in kinds:
+        try:
+            return _build(kind, value, where)
+        except ConfigError as error:
+            complaints.append(error)
+    raise complaints[0]
 
 
 def _dataclass(kind: type, table: Mapping[str, Any], where: str) -> Any:

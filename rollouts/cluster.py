@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ import ray
 
 from rollouts.request import Placement, Reply, Request
 from search.base import END, Offer, Sampling, Trajectory, Until, derive
+from search.tree import Ledger
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +79,6 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster answers at {address!r} within {CONNECT_DEADLINE:.0f} s: start one with "
             "`ray start --head`, correct the address, or use --ray local"
         )
-
-
-@dataclass(slots=True)
-class Ledger:
-    """Tokens, as the engines counted them."""
-
-    generated: int = 0
-    prefilled: int = 0
-    cached: int = 0
 
 
 class Engines:

@@ -78,6 +78,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         ],
         "end": path.end,
         "seed": path.seed,
+        "value": path.value,
         "log_weight": path.log_weight,
         "verdict": asdict(rollout.verdict),
     }
@@ -94,5 +95,5 @@ def _rollout(task: Task, row: dict[str, Any]) -> Rollout:
         )
         for s in row["steps"]
     )
-    path = Trajectory(tuple(row["prompt_ids"]), steps, row["end"], row["seed"], row["log_weight"])
+    path = Trajectory(tuple(row["prompt_ids"]), steps, row["end"], row["seed"], row["value"], row["log_weight"])
     return Rollout(task, path, Verdict(**{**row["verdict"], "steps": tuple(row["verdict"]["steps"])}))

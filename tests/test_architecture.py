@@ -66,3 +66,11 @@ def test_import_loads_nothing_heavy(module, forbidden):
 def test_no_room_for_leftovers():
     names = {p.stem for room in ALLOWED for p in (ROOT / room).rglob("*")}
     assert not names & {"utils", "common", "core", "helpers"}
+
+
+def test_the_architecture_page_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for room in ("verifiers", "search", "rollouts", "reasoner", "reasoner/model", "reasoner/kernels"):
+        section = page.split(f"### `{room}/`")[1].split("### `")[0]
+        missing = [file.name for file in (ROOT / room).glob("*.py") if f"`{file.name}`" not in section]
+        assert not missing, f"docs/architecture.md, {room}: {missing}"

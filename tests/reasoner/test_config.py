@@ -60,6 +60,13 @@ def test_overrides_reach_nested_keys_and_keep_their_types():
     assert run.learner.lr == 1.0 and run.tasks.dataset == "basic_arithmetic" and type(run.credit).__name__ == "Shuffled"
 
 
+def test_a_key_of_two_types_takes_both(tmp_path):
+    config = tmp_path / "beam.toml"
+    for until in ("'end'", "16"):
+        config.write_text(f'name = "x"\nsteps = 1\n[search]\nkind = "beam"\nuntil = {until}\n')
+        assert repr(load(config).search.until) == until
+
+
 def test_the_resolved_config_says_the_kind_of_every_strategy_and_loads_again(tmp_path):
     tree = to_dict(load(QUICKSTART))
     assert tree["tasks"]["kind"] == "reasoning_gym" and tree["search"]["kind"] == "sample" and tree["credit"]["kind"] == "grpo"
