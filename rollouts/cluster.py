@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +53,7 @@ def cluster(address: str) -> Iterator[None]:
     if ray.is_initialized():  # held by a caller, e.g. a test session
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about CUDA_VISIBLE_DEVICES
     os.environ.setdefault("RAY_worker_niceness", "0")  # engines are no background work: the learner waits for them
@@ -59,6 +62,8 @@ def cluster(address: str) -> Iterator[None]:
     else:
         _require_answer(address)
         ray.init(address=address, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process at once, with a stack trace
     try:
         yield
     finally:
