@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-NAMES = {"greedy": "greedy", "mean_at_k": "mean", "pass_at_k": "pass@{k}", "maj_at_k": "maj@{k}", "marginal_at_k": "max-marginal@{k}"}
+NAMES = {"greedy": "greedy", "mean_at_k": "mean", "pass_at_k": "pass@{k}", "maj_at_k": "maj@{k}", "marginal_at_k": "marginal@{k}"}
 
 
 class Clock:
