@@ -65,6 +65,7 @@ class Run:
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     tasks_per_step: int = 32
+    policies: Mapping[str, Any] = field(default_factory=dict)  # of verifiers by name: policies.math.form = "simplest"
     verifier_workers: int = 2
     verify_timeout: float = 10.0  # seconds for one verdict
     checkpoint_every: int = 20  # steps

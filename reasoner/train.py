@@ -49,7 +49,7 @@ class Stage:
 def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks, every reference readable by its verifier."""
     train_tasks, heldout = run.tasks.load()
-    judges = {name: get(name) for name in {t.verifier for t in train_tasks + heldout}}
+    judges = {name: get(name, **run.policies.get(name, {})) for name in {t.verifier for t in train_tasks + heldout}}
     for task in train_tasks + heldout:
         judges[task.verifier].check(task)
     if len(train_tasks) < run.tasks_per_step:
@@ -89,7 +89,7 @@ def open_stage(
         _require_room(run, tokenizer, tasks)
         engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
         run.search.check(engine, None)
-        pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout))
+        pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout, policies=dict(run.policies)))
         runner = stack.enter_context(asyncio.Runner())
     folder = _new_folder(Path(run.out) / run.name)
     _write_json(folder / "config.json", to_dict(run))

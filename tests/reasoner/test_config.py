@@ -91,3 +91,15 @@ def test_keys_stay_few():
     strategies = {"tasks", "base", "search", "credit"}  # their fields are their own
     keys = sum(len(v) if isinstance(v, dict) else 1 for k, v in tree.items() if k not in strategies) + len(strategies)
     assert keys <= 60
+
+
+def test_policies_reach_the_verifiers_that_judge_rollouts():
+    import asyncio
+
+    from verifiers import Pool
+    from verifiers.base import Task
+
+    task = Task("t", ({"role": "user", "content": "3 + 4 ="},), "7", "math")
+    with Pool(1, policies=dict(load(QUICKSTART).policies)) as pool:
+        verdicts = asyncio.run(pool.verify(task, ["Answer: 7", "Answer: 3+4", "Answer: 3 + 4 = 7"]))
+    assert [v.correct for v in verdicts][:2] == [True, False]
