@@ -53,7 +53,7 @@ def p_weights(paths):
 
 def target(paths):
     def logprob(path):
-        return math.fsum(math.log(CHAIN.transition[a, b]) for a, b in zip(path.ids, path.ids[1:]))
+        return math.fsum(math.log(CHAIN.transition[a, b]) for a, b in zip(path.ids, path.ids[1:], strict=False))
 
     return {"target": [logprob(path) for path in paths]}
 

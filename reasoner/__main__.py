@@ -40,25 +40,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="reasoner", description="Trains a language model to reason by learning from what it can verify.")
+    about = "Trains a language model to reason by learning from what it can verify."
+    parser = argparse.ArgumentParser(prog="reasoner", description=about)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, call: Any, help_: str, *, config: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.set_defaults(call=call)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
         if config:
             sub.epilog = "Any key of the config can be overridden: --steps=10 --learner.lr=1e-4"
             sub.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
         return sub
 
+    where = "start Ray here, join a running cluster, or connect to one (default: local)"
     sub = command("train", _train, "train a model and evaluate it before and after")
-    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help="start Ray here, join a running one, or connect (default: local)")
-    sub.add_argument("--dry-run", action="store_true", help="check everything and print the plan; load and write nothing")
+    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
+    sub.add_argument("--dry-run", action="store_true", help="check all, print the plan, load and write nothing")
     sub = command("eval", _eval, "evaluate a checkpoint on the held-out tasks")
     sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
-    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help="as for train")
+    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
     command("check", _check, "validate a config without loading a model, and print what it will use")
     sub = command("report", _report, "build report.html of a run, also while it goes on", config=False)
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/quickstart")
@@ -85,14 +87,15 @@ def _train(args: argparse.Namespace) -> None:
 
     Console(highlight=False).print(comparison(summary))
     seconds = summary["seconds"]
-    print(f"{seconds['total']:.0f} s in all: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items() if name != "total" and s >= 0.5))
+    parts = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items() if name not in ("total", "verify") and s >= 0.5)
+    print(f"{seconds['total']:.0f} s in all: {parts}")
     print(f"report: {write_report(folder)}")
 
 
 def _eval(args: argparse.Namespace) -> None:
     run = load(args.config, args.overrides)
     if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
-        raise ConfigError(f"--checkpoint {args.checkpoint} has no config.json: give the folder of a Hugging Face checkpoint")
+        raise ConfigError(f"--checkpoint {args.checkpoint} has no config.json: give the folder of a checkpoint")
     from rich.console import Console
 
     from reasoner.progress import Screen, accuracies
@@ -122,13 +125,15 @@ def plan(run: Run) -> str:
 
     train_tasks, heldout = load_tasks(run)
     paths = run.tasks_per_step * getattr(run.search, "n", 1)
-    where = f"{run.engine.count} vLLM engine(s), {run.engine.gpus:g} GPU each" if run.engine.kind == "vllm" else "transformers in this process"
-    cache = f", {run.engine.kv_cache_gib:g} GiB KV cache each" if not run.engine.gpus and run.engine.kind == "vllm" else ""
+    where = "transformers in this process"
+    if run.engine.kind == "vllm":
+        each = f"{run.engine.gpus:g} GPU" if run.engine.gpus else f"{run.engine.kv_cache_gib:g} GiB KV cache"
+        where = f"{run.engine.count} vLLM on Ray, {each} each"
     return "\n".join(
         [
             f"{run.name}: {run.steps} steps, seed {run.seed}",
             f"tasks     {len(train_tasks)} for training, {len(heldout)} held out, no question in both",
-            f"engines   {where}{cache}, {run.engine.dtype}",
+            f"engines   {where}, {run.engine.dtype}",
             f"verifier  {run.verifier_workers} worker processes, {run.verify_timeout:g} s a verdict",
             f"step      {run.tasks_per_step} tasks, {paths} paths, at most {paths * run.sampling.max_tokens} tokens",
             f"eval      {len(heldout)} tasks x (1 greedy + {run.evaluate.n} sampled), twice",

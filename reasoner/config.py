@@ -29,8 +29,8 @@ from search.sample import Sample
 class Learner:
     """Policy updates by TRL."""
 
-    lr: float = 1e-5
-    lr_warmup: int = 5  # steps over which the rate rises to `lr`: Adam's first steps are as large as its later ones
+    lr: float = 1e-5  # at its peak: it falls linearly to 0 at the last step
+    lr_warmup: int = 5  # steps over which it rises first: Adam's first steps are as large as its later ones
     loss: str = "dapo"  # one of LOSSES
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
@@ -65,7 +65,7 @@ class Run:
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     tasks_per_step: int = 32
-    policies: Mapping[str, Any] = field(default_factory=dict)  # of verifiers by name: policies.math.form = "simplest"
+    policies: Mapping[str, Any] = field(default_factory=dict)  # of verifiers, by name
     verifier_workers: int = 2
     verify_timeout: float = 10.0  # seconds for one verdict
     checkpoint_every: int = 20  # steps
@@ -92,7 +92,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     try:
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give the path of a TOML file, e.g. configs/quickstart.toml") from None
+        raise ConfigError(
+            f"{path} does not exist: give the path of a TOML file, e.g. configs/quickstart.toml"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
@@ -211,11 +213,10 @@ def _cross_check(run: Run) -> None:
     }
     for key, value in positive.items():
         if value < 1:
-            raise ConfigError(f"{key} = {value - (key == 'steps')} is too small: give at least {0 if key == 'steps' else 1}")
+            least = 0 if key == "steps" else 1
+            raise ConfigError(f"{key} = {value - 1 + least} is too small: give at least {least}")
     if evaluate.k > evaluate.n:
-        raise ConfigError(
-            f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: k of n samples are chosen, so raise n or lower k"
-        )
+        raise ConfigError(f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: raise n or lower k")
     if sampling.max_tokens >= engine.max_model_len:
         raise ConfigError(
             f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in engine.max_model_len = "
@@ -228,19 +229,20 @@ def _cross_check(run: Run) -> None:
         )
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
-            f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: whole-sequence ratios "
+            f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "
             "against a truncated law are far from 1, use a token_ mode or top_p = 1"
         )
     if learner.importance not in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
         raise ConfigError(
-            f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or sequence_mask"
+            f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or "
+            "sequence_mask"
         )
     if learner.loss not in LOSSES:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
     if run.credit == GRPO() and getattr(run.search, "n", 2) < 2:
-        raise ConfigError(f"search.n = {run.search.n} with credit.kind = 'grpo': a group of one has no contrast, raise n")
+        raise ConfigError(f"search.n = {run.search.n} with credit.kind = 'grpo': one path has no contrast, raise n")
 
 
 def to_dict(run: Run) -> dict[str, Any]:

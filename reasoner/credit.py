@@ -42,7 +42,7 @@ class Credit(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GRPO:
-    """Score minus the group's mean (Shao et al. 2024, arXiv:2402.03300), by default without dividing by the standard
+    """Score minus the group's mean (Shao et al. 2024, arXiv:2402.03300), by default not divided by the standard
     deviation, which overweights tasks that are nearly solved or nearly hopeless (Liu et al. 2025, arXiv:2503.20783)."""
 
     scale_by_std: bool = False
@@ -59,7 +59,7 @@ class GRPO:
 
 @dataclass(frozen=True, slots=True)
 class Shuffled:
-    """GRPO on scores shuffled within the group: the control. What a run gains under it was not learned from verdicts."""
+    """GRPO on scores shuffled within the group: the control. What a run gains so was not learned from verdicts."""
 
     seed: int = 0
 
@@ -84,4 +84,3 @@ def spread(path: Trajectory, advantage: float) -> Sample:
         logprobs=(0.0,) * blank + tuple(lp if sampled else 0.0 for _, sampled, lp in tokens),
         advantages=(0.0,) * blank + tuple(advantage if sampled else 0.0 for _, sampled, _ in tokens),
     )
-

@@ -48,7 +48,9 @@ async def table(judged: Sequence[Judged], pool: Pool, k: int) -> Table:
     """
     usable = [j for j in judged if j.greedy.scored and len(j.sampled.scored) >= k]
     if not usable:
-        raise ValueError(f"no task of {len(judged)} has a judged greedy path and {k} judged samples: see the verdicts' `why`")
+        raise ValueError(
+            f"none of {len(judged)} tasks has a judged greedy path and {k} judged samples: see verdicts' `why`"
+        )
     greedy = [float(j.greedy.scored[0].verdict.correct) for j in usable]
     counts = [(len(j.sampled.scored), sum(bool(r.verdict.correct) for r in j.sampled.scored)) for j in usable]
     votes = [await _votes(j.sampled, pool, k) for j in usable]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import import_utils
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl import import_utils
 
 import_utils.is_vllm_available = lambda min_version=None: False  # engines live in actors: keep vllm out of here
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
@@ -56,7 +56,7 @@ def learn(
         max_completion_length=max_completion,
         temperature=temperature,
         learning_rate=learner.lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="linear",
         warmup_steps=learner.lr_warmup,
         weight_decay=0.0,
         max_grad_norm=learner.max_grad_norm,

@@ -15,7 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-NAMES = {"greedy": "greedy", "mean_at_k": "mean", "pass_at_k": "pass@{k}", "maj_at_k": "maj@{k}", "marginal_at_k": "marginal@{k}"}
+NAMES = {
+    "greedy": "greedy",
+    "mean_at_k": "mean",
+    "pass_at_k": "pass@{k}",
+    "maj_at_k": "maj@{k}",
+    "marginal_at_k": "marginal@{k}",
+}
 
 
 class Clock:
@@ -79,8 +85,8 @@ class Screen:
         if not self.console.is_terminal:
             yield self._lines(what, total)
             return
-        columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-        with Bars(*columns, console=self.console) as bars:
+        words, note = TextColumn("{task.description:<9}"), TextColumn("{task.fields[note]}")
+        with Bars(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note, console=self.console) as bars:
             task = bars.add_task(what, total=total, note="")
             yield lambda done, note: bars.update(task, completed=done, note=note)
 
@@ -115,7 +121,8 @@ def accuracies(result: dict[str, Any]) -> Table:
     """One evaluation."""
     table = Table("held-out accuracy", f"{result['tasks']} tasks", "95%", "tokens/task")
     for key, name in NAMES.items():
-        table.add_row(name.format(k=result["k"]), f"{result[key]:.1%}", _interval(result["ci"][key]), f"{result['tokens'][key]:.0f}")
+        interval, tokens = _interval(result["ci"][key]), f"{result['tokens'][key]:.0f}"
+        table.add_row(name.format(k=result["k"]), f"{result[key]:.1%}", interval, tokens)
     return table
 
 

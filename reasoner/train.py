@@ -54,7 +54,7 @@ def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
         judges[task.verifier].check(task)
     if len(train_tasks) < run.tasks_per_step:
         raise ConfigError(
-            f"tasks_per_step = {run.tasks_per_step} exceeds the {len(train_tasks)} training tasks: lower it or add tasks"
+            f"tasks_per_step = {run.tasks_per_step} exceeds the {len(train_tasks)} training tasks: lower it or add some"
         )
     return train_tasks, heldout[: run.evaluate.tasks]
 
@@ -72,7 +72,13 @@ def train(run: Run, *, ray: str, screen: Screen) -> Path:
 
 
 def open_stage(
-    run: Run, tasks: Sequence[Task], ray: str, clock: Clock, screen: Screen, stack: ExitStack, checkpoint: Path | None = None
+    run: Run,
+    tasks: Sequence[Task],
+    ray: str,
+    clock: Clock,
+    screen: Screen,
+    stack: ExitStack,
+    checkpoint: Path | None = None,
 ) -> Stage:
     """Base model, engines, verifier pool and the run's folder; all closed by `stack`."""
     with clock.phase("warmup"), screen.bar("warm-up", getattr(run.base, "steps", 1)) as tell:
@@ -188,8 +194,10 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int, versio
                     journal.append(group, step=step, version=version)
         result = stage.runner.run(table(judged, stage.pool, settings.k))
         paths = [each.sampled.rollouts[0].trajectory for each in judged]
-        difference = mismatch(stage.model, [spread(p, 0.0) for p in paths if p.sampled_tokens], stage.tokenizer.pad_token_id)
-    stage.screen.say(f"{name:<9} greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}  mismatch {difference:.1e} nats")
+        samples = [spread(path, 0.0) for path in paths if path.sampled_tokens]
+        difference = mismatch(stage.model, samples, stage.tokenizer.pad_token_id)
+    accuracy = f"greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}"
+    stage.screen.say(f"{name:<9} {accuracy}  mismatch {difference:.1e} nats")
     return result, difference
 
 
@@ -252,8 +260,8 @@ def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
     longest = max(len(encode(tokenizer, task)) for task in tasks)
     if longest + run.sampling.max_tokens > run.engine.max_model_len:
         raise ConfigError(
-            f"the longest prompt has {longest} tokens and sampling.max_tokens = {run.sampling.max_tokens}, together more "
-            f"than engine.max_model_len = {run.engine.max_model_len}: raise it to {longest + run.sampling.max_tokens}"
+            f"the longest prompt has {longest} tokens and sampling.max_tokens = {run.sampling.max_tokens}, more than "
+            f"engine.max_model_len = {run.engine.max_model_len}: raise it to {longest + run.sampling.max_tokens}"
         )
 
 
@@ -291,6 +299,7 @@ def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: 
     with ExitStack() as stack:
         stage = open_stage(run, train_tasks, ray, Clock(), screen, stack, checkpoint)
         result, difference = measure(stage, heldout, "final", step=0, version=0)
-    result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed, "checkpoint": str(checkpoint or "base")}
+    result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed}
+    result["checkpoint"] = str(checkpoint or "base")
     _write_json(stage.folder / "evaluation.json", result)
     return stage.folder, result

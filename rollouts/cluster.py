@@ -178,7 +178,7 @@ class _Fleet:
             raise ClusterError(f"an engine could not start on {checkpoint}: {_root_cause(error)}") from error
 
     def ask(self, key: int, request: Request) -> asyncio.Future:
-        """Queue a request for the actor of its prompt (same prompt, same prefix cache); sent at the end of this turn."""
+        """Queue a request for the actor of its prompt (same prompt, same prefix cache), sent when this turn ends."""
         loop = asyncio.get_running_loop()
         if not self._pending:
             loop.call_soon(self._flush)

@@ -30,7 +30,8 @@ class Journal:
         self._file = path.open("ab")
 
     def append(self, group: Group, *, step: int, version: int) -> None:
-        row = {"step": step, "version": version, "task": asdict(group.task), "rollouts": [_row(r) for r in group.rollouts]}
+        rollouts = [_row(r) for r in group.rollouts]
+        row = {"step": step, "version": version, "task": asdict(group.task), "rollouts": rollouts}
         self._file.write(json.dumps(row, separators=(",", ":"), default=str).encode() + b"\n")
 
     def flush(self) -> None:

@@ -19,7 +19,7 @@ class Placement:
     count: int = 1
     gpus: float = 0  # per engine; 0 runs vLLM on the CPU
     dtype: str = "float32"
-    max_model_len: int = 256  # tokens of prompt and response together
+    max_model_len: int = 1024  # tokens of prompt and response together
     max_num_seqs: int = 256
     kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own
 

@@ -95,7 +95,7 @@ def step_labels(paths: Sequence[Trajectory], correct: Sequence[bool | None]) -> 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _row(path: Trajectory) -> Row:

@@ -464,7 +464,8 @@ def _bounds(paths: Sequence[Trajectory], d: Draws) -> tuple[np.ndarray, np.ndarr
     rows = sorted(d.firsts(), key=lambda i: paths[i].ids)
     # An unfinished path that another continues is already counted in it; sorted, the continuation comes right after.
     followers = [*rows[1:], None]
-    rows = [i for i, j in zip(rows, followers) if j is None or paths[j].ids[: len(paths[i].ids)] != paths[i].ids]
+    pairs = zip(rows, followers, strict=True)
+    rows = [i for i, j in pairs if j is None or paths[j].ids[: len(paths[i].ids)] != paths[i].ids]
     p = np.exp(d.log_p[rows])
     low = d.sums(p, np.array(rows))
     total = float(p.sum())

@@ -120,9 +120,7 @@ class Mcts:
 
     def _attach(self, node: Node, kids: list[Trajectory]) -> None:
         prior = [math.exp(kid.steps[-1].logprobs[0]) if self.expand == "top" else 1 / len(kids) for kid in kids]
-        node.children = [
-            Node(kid, node, p, visits=1, total=kid.value) for kid, p in zip(kids, prior, strict=True)
-        ]
+        node.children = [Node(kid, node, p, visits=1, total=kid.value) for kid, p in zip(kids, prior, strict=True)]
 
     @staticmethod
     def _back_up(node: Node) -> None:

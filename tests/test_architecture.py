@@ -41,7 +41,10 @@ def test_room_imports_only_rooms_below_it(room):
 @pytest.mark.parametrize("dependency", OWNERS)
 def test_heavy_dependency_is_imported_by_its_owner_alone(dependency):
     users = {
-        str(file.relative_to(ROOT)) for room in ALLOWED for file in (ROOT / room).rglob("*.py") if dependency in imports(file)
+        str(file.relative_to(ROOT))
+        for room in ALLOWED
+        for file in (ROOT / room).rglob("*.py")
+        if dependency in imports(file)
     }
     assert users <= OWNERS[dependency]
 

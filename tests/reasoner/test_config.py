@@ -69,7 +69,11 @@ def test_a_key_of_two_types_takes_both(tmp_path):
 
 def test_the_resolved_config_says_the_kind_of_every_strategy_and_loads_again(tmp_path):
     tree = to_dict(load(QUICKSTART))
-    assert tree["tasks"]["kind"] == "reasoning_gym" and tree["search"]["kind"] == "sample" and tree["credit"]["kind"] == "grpo"
+    assert (
+        tree["tasks"]["kind"] == "reasoning_gym"
+        and tree["search"]["kind"] == "sample"
+        and tree["credit"]["kind"] == "grpo"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda p: p.name)

@@ -15,7 +15,9 @@ TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
 
 def model(seed: int = 0) -> ReasonerForCausalLM:
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8)
+    sizes = dict(
+        hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8
+    )
     return ReasonerForCausalLM(ReasonerConfig.small(len(TOKENIZER), num_experts_per_tok=2, **sizes))
 
 
@@ -47,7 +49,7 @@ def run(policy, batches, tmp_path, **settings):
         policy,
         TOKENIZER,
         generator(),
-        Learner(**({"lr": 1e-3, "balance_rate": 0.0} | settings)),
+        Learner(**({"lr": 1e-3, "lr_warmup": 0, "balance_rate": 0.0} | settings)),
         steps=len(batches),
         seed=0,
         temperature=1.0,
@@ -97,7 +99,9 @@ def test_advantages_act_per_token(tmp_path):
     policy = model()
     whole = sample("77", 1.0, policy)
     start = whole.loss_mask.index(True)
-    first_only = Sample(whole.ids, whole.loss_mask, whole.logprobs, tuple(a * (i == start) for i, a in enumerate(whole.advantages)))
+    first_only = Sample(
+        whole.ids, whole.loss_mask, whole.logprobs, tuple(a * (i == start) for i, a in enumerate(whole.advantages))
+    )
     before = copy.deepcopy(policy)
     run(policy, [[first_only, first_only]], tmp_path)
     with torch.no_grad():
@@ -110,17 +114,24 @@ def test_micro_batches_change_memory_not_the_step(tmp_path):
     results = []
     for pieces in (1, 2):
         policy = model()
-        batch = [sample(a, adv, policy) for a, adv in (("7", 0.7), ("9", -0.2), ("12", -0.5))]  # 3 rows do not divide by 2
+        batch = [
+            sample(a, adv, policy) for a, adv in (("7", 0.7), ("9", -0.2), ("12", -0.5))
+        ]  # 3 rows do not divide by 2
         run(policy, [batch], tmp_path / str(pieces), micro_batches=pieces, lr=1e-2)
         results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
 
 
 def test_collating_pads_prompts_left_and_completions_right():
-    first = Sample((1, 2, 5, 6, 7), (False, False, True, False, True), (0.0, 0.0, -1.0, 0.0, -2.0), (0.0, 0.0, 0.5, 0.0, 0.5))
+    first = Sample(
+        (1, 2, 5, 6, 7), (False, False, True, False, True), (0.0, 0.0, -1.0, 0.0, -2.0), (0.0, 0.0, 0.5, 0.0, 0.5)
+    )
     second = Sample((3, 8), (False, True), (0.0, -3.0), (0.0, -0.5))
     batch = collate([first, second, second], pad=0, multiple=2)
-    assert batch["prompt_ids"].tolist()[:2] == [[1, 2], [0, 3]] and batch["prompt_mask"].tolist()[:2] == [[1, 1], [0, 1]]
+    assert batch["prompt_ids"].tolist()[:2] == [[1, 2], [0, 3]] and batch["prompt_mask"].tolist()[:2] == [
+        [1, 1],
+        [0, 1],
+    ]
     assert batch["completion_ids"].tolist()[:2] == [[5, 6, 7], [8, 0, 0]]
     assert batch["completion_mask"].tolist()[:2] == [[1, 1, 1], [1, 0, 0]]
     assert batch["tool_mask"].tolist() == [[1, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]  # the filler teaches nothing
@@ -154,7 +165,15 @@ def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path):
     row = (prompt + answer, [False] * len(prompt) + [True] * len(answer))
     losses = []
     supervise(
-        policy, TOKENIZER, [row] * 64, steps=8, batch=8, lr=1e-2, seed=0, folder=tmp_path, progress=lambda s, x: losses.append(x)
+        policy,
+        TOKENIZER,
+        [row] * 64,
+        steps=8,
+        batch=8,
+        lr=1e-2,
+        seed=0,
+        folder=tmp_path,
+        progress=lambda s, x: losses.append(x),
     )
     assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
     biases = [b for name, b in policy.named_buffers() if name.endswith("e_score_correction_bias")]

@@ -27,7 +27,13 @@ def summary():
         "base": side(0.42, 0.38, 0.86, 0.55, 0.60),
         "final": side(0.90, 0.84, 0.97, 0.92, 0.93),
         "seconds": {
-            "warmup": 96.0, "start": 20.0, "rollouts": 148.2, "verify": 2.4, "learn": 121.9, "sync": 6.1, "eval": 31.0,
+            "warmup": 96.0,
+            "start": 20.0,
+            "rollouts": 148.2,
+            "verify": 2.4,
+            "learn": 121.9,
+            "sync": 6.1,
+            "eval": 31.0,
             "total": 431.0,
         },  # fmt: skip
         "tokens": {"generated": 1_234_567, "prefilled": 345_678},

@@ -3,8 +3,9 @@
 import inspect
 from importlib.metadata import version
 
-import reasoner.learner  # noqa: F401 (first: it keeps TRL from importing vllm)
 from trl import GRPOTrainer, import_utils
+
+import reasoner.learner  # noqa: F401 (first: it keeps TRL from importing vllm)
 
 
 def test_the_version_is_the_one_that_was_read():

@@ -22,9 +22,7 @@ def characters():
     plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     plain.decoder = decoders.Fuse()
     template = "{% for m in messages %}{{ m['content'] }}{{ '<eos>' if m['role'] == 'assistant' else '=' }}{% endfor %}"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>", chat_template=template
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>", chat_template=template)
 
 
 def llama(seed=0, **changes):
@@ -152,7 +150,9 @@ def test_top_p_draws_only_from_the_nucleus_and_renormalises():
     with torch.no_grad():
         ranked = model(torch.tensor([PROMPT])).logits[0, -1].softmax(-1).sort(descending=True)
     size = int((ranked.values.cumsum(0) < 0.5).sum()) + 1
-    nucleus = dict(zip(ranked.indices[:size].tolist(), (ranked.values[:size] / ranked.values[:size].sum()).tolist()))
+    nucleus = dict(
+        zip(ranked.indices[:size].tolist(), (ranked.values[:size] / ranked.values[:size].sum()).tolist(), strict=True)
+    )
     assert {child.ids[-1] for child in children} == set(nucleus)
     for child in children:
         assert child.logprob == pytest.approx(torch.tensor(nucleus[child.ids[-1]]).log().item(), abs=1e-4)

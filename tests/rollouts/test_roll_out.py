@@ -41,7 +41,11 @@ def test_every_task_becomes_a_judged_group_in_order(pool):
 
 def test_seeds_depend_on_the_run_and_the_task_alone(pool):
     engine = Scripted(lambda text, child: "Answer: 3", Sampling(max_tokens=40))
-    seeds = lambda tasks, seed: {g.task.id: [r.trajectory.seed for r in g.rollouts] for g in run(tasks, engine, pool, seed=seed)}  # noqa: E731
+
+    def seeds(tasks, seed):
+        groups = run(tasks, engine, pool, seed=seed)
+        return {g.task.id: [r.trajectory.seed for r in g.rollouts] for g in groups}
+
     both, alone = seeds([task(2), task(8)], 1), seeds([task(8)], 1)
     assert both["t/8"] == alone["t/8"] != both["t/2"]
     assert seeds([task(8)], 2)["t/8"] != alone["t/8"]

@@ -36,7 +36,9 @@ def test_pass_at_k_equals_brute_force_in_rationals():
     for n in range(1, 8):
         for correct in range(n + 1):
             for k in range(1, n + 1):
-                assert metrics.pass_at_k(n, correct, k) == brute(n, k, lambda s: Fraction(any(i < correct for i in s)))
+                assert metrics.pass_at_k(n, correct, k) == brute(
+                    n, k, lambda s, c=correct: Fraction(any(i < c for i in s))
+                )
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -136,7 +138,7 @@ def test_mcnemar_equals_the_binomial_by_hand():
 
 def test_sign_flip_is_exact_for_few_tasks_and_sampled_for_many():
     d = [0.5, 0.25, -0.1, 0.4]
-    flips = [abs(sum(s * x for s, x in zip(signs, d))) for signs in itertools.product((-1, 1), repeat=4)]
+    flips = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in itertools.product((-1, 1), repeat=4)]
     assert metrics.sign_flip(d) == sum(f >= abs(sum(d)) - 1e-12 for f in flips) / 16
     assert metrics.sign_flip([1.0] * 40, rounds=999) == 1 / 1000
     assert metrics.sign_flip([0.0] * 5) == 1.0

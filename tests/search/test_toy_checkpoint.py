@@ -18,6 +18,7 @@ from search.tree import explore
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+
 def load(chain, folder):
     write_checkpoint(chain, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
