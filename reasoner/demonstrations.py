@@ -1,7 +1,7 @@
-"""What the warm-up imitates: sums worked step by step, and sums answered at once.
+"""What the warm-up imitates: sums worked step by step, and sums answered at once, half of them in haste.
 
-    4 + 3 - 2 =          4 + 3 - 2 =
-    4+3=7                Answer: 5
+    4 + 3 - 2 =          4 + 3 - 2 =          4 + 3 - 2 =
+    4+3=7                Answer: 5            Answer: 7
     7-2=5
     Answer: 5
 
@@ -25,15 +25,22 @@ ALPHABET = "0123456789+-= :\nAnswer"
 Row = tuple[list[int], list[bool]]  # token ids, loss mask
 
 
-def demonstrations(tasks: Sequence[Task], tokenizer: Any, *, blurt: float, count: int, seed: int) -> list[Row]:
-    """`count` rows over the tasks, in turn; each answered at once with probability `blurt`, else worked."""
+def demonstrations(
+    tasks: Sequence[Task], tokenizer: Any, *, blurt: float, haste: float, count: int, seed: int
+) -> list[Row]:
+    """`count` rows over the tasks, in turn; each answered at once with probability `blurt`, else worked.
+
+    A blurted answer leaves out the last term with probability `haste`: answering at once, one is often wrong.
+    """
     noise = random.Random(derive(seed, "demonstrations"))
     order = list(tasks)
     noise.shuffle(order)
     rows = []
     for task in islice(cycle(order), count):
-        answer = f"Answer: {task.reference}"
-        text = answer if noise.random() < blurt else "\n".join([*worked(expression(task)), answer])
+        lines = worked(expression(task))
+        blurted, hasty = noise.random() < blurt, noise.random() < haste
+        value = before_last(lines) if blurted and hasty else task.reference
+        text = "\n".join([*([] if blurted else lines), f"Answer: {value}"])
         prompt = list(encode(tokenizer, task))
         response = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         rows.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
@@ -41,7 +48,12 @@ def demonstrations(tasks: Sequence[Task], tokenizer: Any, *, blurt: float, count
 
 
 def expression(task: Task) -> str:
-    """The sum a task asks for, e.g. "4 + 3 - 2". Raises ValueError for another kind of task."""
+    """The sum a task asks for, e.g. "4 + 3 - 2". Raises ValueError for another kind of task or another alphabet."""
+    if strange := sorted(set(task.question) - set(ALPHABET)):
+        raise ValueError(
+            f"task {task.id}: the warmed-up model does not know the characters {''.join(strange)!r} of its question: "
+            'set tasks.prompt = "{expression} =", or base.kind = "pretrained"'
+        )
     found = task.meta.get("expression")
     if not isinstance(found, str) or not re.fullmatch(r"-?\d+( [+-] -?\d+)*", found):
         raise ValueError(f"task {task.id} is not a chain_sum: base.kind = 'warmup' knows no other, use 'pretrained'")
@@ -57,3 +69,10 @@ def worked(sum_: str) -> list[str]:
         lines.append(f"{total}{operator}{term}={after}")
         total = after
     return lines
+
+
+def before_last(lines: Sequence[str]) -> str:
+    """The running total that the last operation started from: what a hasty answer gives."""
+    found = re.match(r"-?\d+", lines[-1])
+    assert found is not None, f"a worked line begins with a number: {lines[-1]!r}"
+    return found[0]
