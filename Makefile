@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-gpu lint lock clean
+.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -18,6 +18,7 @@ setup: .venv/ready         ## make .venv (done by the two targets above when it 
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c "import torch" || $(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(LOCK))"  # its CUDA libraries
 	$(BIN)/python -c "import torch, vllm, trl, ray"
 	touch $@
 

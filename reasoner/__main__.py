@@ -24,13 +24,13 @@ from reasoner.config import ConfigError, Run, load  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    args.overrides = _overrides(parser, rest) if "config" in args else []
+    args.overrides = _overrides(parser, rest, takes="config" in args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return args.call(args) or 0
     except KeyboardInterrupt:
-        print("reasoner: stopped; the journal and the last checkpoint of the run are whole", file=sys.stderr)
+        print("reasoner: stopped; what the run has written so far is whole", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug or not _mendable(error):
@@ -142,16 +142,18 @@ def plan(run: Run) -> str:
     )
 
 
-def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+def _overrides(parser: argparse.ArgumentParser, rest: list[str], *, takes: bool) -> list[str]:
     for word in rest:
+        if not takes:
+            parser.error(f"unknown argument {word!r}")
         if not word.startswith("--") or "=" not in word:
             parser.error(f"unknown argument {word!r}: overrides are written --key.path=value")
     return [word[2:] for word in rest]
 
 
 def _mendable(error: Exception) -> bool:
-    """Mistakes told to a person in one line. Everything else is ours and keeps its traceback."""
-    return isinstance(error, ValueError | ImportError | FileNotFoundError) or type(error).__name__ == "ClusterError"
+    """Mistakes told to a person in one line. Once a run has begun, errors are ours and keep their traceback."""
+    return isinstance(error, ValueError | ImportError | OSError) or type(error).__name__ == "ClusterError"
 
 
 def _interrupt(*_: Any) -> None:

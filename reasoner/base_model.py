@@ -74,7 +74,9 @@ class Warmup:
             moe_intermediate_size=self.expert_width,
         )
         model = ReasonerForCausalLM(config)
-        rows = demonstrations(tasks, tokenizer, blurt=self.blurt, haste=self.haste, count=self.steps * self.batch, seed=seed)
+        rows = demonstrations(
+            tasks, tokenizer, blurt=self.blurt, haste=self.haste, count=self.steps * self.batch, seed=seed
+        )
         with tempfile.TemporaryDirectory() as scratch:
             supervise(
                 model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import tomllib
 import types
 import typing
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from reasoner.base_model import BASES, Base, Warmup
-from reasoner.credit import CREDITS, GRPO, Credit
+from reasoner.credit import CREDITS, GRPO, Credit, Shuffled
 from rollouts.request import Placement
 from rollouts.tasks import SOURCES, ReasoningGym, Source
-from search import SEARCHES
+from search import SEARCHES, find
 from search.base import Sampling, Search
 from search.sample import Sample
+from verifiers import get
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Learner:
     """Policy updates by TRL."""
 
     lr: float = 1e-5  # at its peak: it falls linearly to 0 at the last step
-    lr_warmup: int = 5  # steps over which it rises first: Adam's first steps are as large as its later ones
+    lr_warmup: int = 5  # steps over which it rises from 0 first: Adam's first steps are as large as its later ones
     loss: str = "dapo"  # one of LOSSES
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
@@ -73,7 +75,9 @@ class Run:
     cache: str = "cache"  # warmed-up and converted base models, by content hash
 
 
-LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # loss_type of TRL 1.16
+LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TRL 1.16
+BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
+OFFERS = {"vllm": {"logprobs"}, "local": {"logprobs", "top", "arithmetic", "write"}}  # of the engines, by kind
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", SOURCES),
@@ -97,6 +101,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file") from None
     for override in overrides:
         _apply(tree, override)
     run = _build(Run, tree, "")
@@ -126,9 +132,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         default, registry = KINDS[kind]
         table = dict(_expect(value, Mapping, where))
         name = table.pop("kind", default)
-        if name not in registry:
+        if name not in registry and kind is not Search:
             raise ConfigError(f"{where}.kind = {name!r} is unknown{_nearest(name, registry)}")
-        return _build(registry[name], table, where)
+        return _build(registry[name] if name in registry else _installed(name, where), table, where)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, _expect(value, Mapping, where), where)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -145,6 +151,14 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if kind is Any else _expect(value, kind, where)
+
+
+def _installed(name: str, where: str) -> type:
+    """A search that another package adds."""
+    try:
+        return find(name)
+    except ValueError as error:
+        raise ConfigError(f"{where}.kind: {error}") from None
 
 
 def _first_that_fits(kinds: Sequence[Any], value: Any, where: str) -> Any:
@@ -215,6 +229,22 @@ def _cross_check(run: Run) -> None:
         if value < 1:
             least = 0 if key == "steps" else 1
             raise ConfigError(f"{key} = {value - 1 + least} is too small: give at least {least}")
+    if learner.lr_warmup >= run.steps > 0:
+        raise ConfigError(
+            f"learner.lr_warmup = {learner.lr_warmup} leaves none of steps = {run.steps} at the full rate: lower it"
+        )
+    if learner.micro_batches > 1 and learner.loss not in BY_TOKEN:
+        raise ConfigError(
+            f"learner.loss = {learner.loss!r} averages rows; learner.micro_batches = {learner.micro_batches} would "
+            f"change that: use micro_batches = 1, or one of {', '.join(BY_TOKEN)}"
+        )
+    for reporter in learner.report_to:
+        if reporter not in ("tensorboard", "wandb") or importlib.util.find_spec(reporter) is None:
+            raise ConfigError(
+                f"learner.report_to: {reporter!r} must be 'tensorboard' or 'wandb', and be installed (pip)"
+            )
+    if run.verify_timeout <= 0:
+        raise ConfigError(f"verify_timeout = {run.verify_timeout} must be positive seconds")
     if evaluate.k > evaluate.n:
         raise ConfigError(f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: raise n or lower k")
     if sampling.max_tokens >= engine.max_model_len:
@@ -222,11 +252,23 @@ def _cross_check(run: Run) -> None:
             f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in engine.max_model_len = "
             f"{engine.max_model_len}: raise max_model_len or lower max_tokens"
         )
-    if sampling.temperature <= 0:
+    if not 0 < sampling.temperature <= 2:
         raise ConfigError(
-            f"sampling.temperature = {sampling.temperature} makes every path of a group the same, so that no group "
-            "teaches anything: raise it (evaluation runs its greedy pass by itself)"
+            f"sampling.temperature = {sampling.temperature} must be above 0, where all paths of a group are equal and "
+            "none teaches anything, and at most 2: 1.0 is the model itself (evaluation runs its greedy pass by itself)"
         )
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"sampling.top_p = {sampling.top_p} must lie in (0, 1]: 1.0 is the model itself")
+    for offer in ("arithmetic", "top"):
+        if getattr(sampling, offer) and offer not in OFFERS[engine.kind]:
+            raise ConfigError(
+                f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r}: it offers no such "
+                "thing, use engine.kind = 'local' or leave it out"
+            )
+    try:
+        run.search.check(_Offered(sampling, frozenset(OFFERS[engine.kind])), None)
+    except ValueError as error:
+        raise ConfigError(f"search: {error}") from None
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "
@@ -241,8 +283,26 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
-    if run.credit == GRPO() and getattr(run.search, "n", 2) < 2:
-        raise ConfigError(f"search.n = {run.search.n} with credit.kind = 'grpo': one path has no contrast, raise n")
+    if isinstance(run.credit, GRPO | Shuffled) and getattr(run.search, "n", 2) < 2:
+        raise ConfigError(f"search.n = {run.search.n}: one path has no contrast to learn from, raise n")
+    _check_policies(run.policies)
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """What a search asks of an engine before it starts."""
+
+    sampling: Sampling
+    offers: frozenset[str]
+
+
+def _check_policies(policies: Mapping[str, Any]) -> None:
+    for name, policy in policies.items():
+        _expect(policy, Mapping, f"policies.{name}")
+        try:
+            get(name, **policy)
+        except ValueError as error:
+            raise ConfigError(f"policies.{name}: {error}") from None
 
 
 def to_dict(run: Run) -> dict[str, Any]:

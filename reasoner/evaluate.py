@@ -1,7 +1,8 @@
 """Held-out accuracy: one greedy path and n sampled ones per task, judged by the task's verifier.
 
 The search gets no score here, so the answer key cannot reach it: `roll_out(..., score=None)` is the one visible line.
-Neighbours: `search.metrics` and `search.marginal` hold the definitions, all exact over k-subsets of the n samples.
+Neighbours: `search.metrics` and `search.marginal` hold the definitions: expectations over k-subsets of the n samples,
+exact but for the marginal, which averages seeded subsets.
 """
 
 from __future__ import annotations

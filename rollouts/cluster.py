@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollouts.request import Placement, Reply, Request
 from search.base import END, Offer, Sampling, Trajectory, Until, derive
@@ -160,22 +161,29 @@ class _Fleet:
         self.ledger = Ledger()
         self._pending: list[tuple[int, Request, asyncio.Future]] = []
         self._tasks: set[asyncio.Task] = set()
-        self._pids: list[int] = []
+        self._processes: list[psutil.Process] = []
         make = ray.remote(_Actor).options(
             num_cpus=1,
+            # Weights go through this machine's /dev/shm, so engines live on the driver's node.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
             num_gpus=placement.gpus,
             runtime_env={"env_vars": _environment(checkpoint, placement)},
             max_concurrency=10_000,  # an async actor: many extensions wait at once
         )
-        self._actors = [make.remote(str(checkpoint), placement, seed) for _ in range(placement.count)]
+        self._actors = [make.remote(str(checkpoint.resolve()), placement, seed) for _ in range(placement.count)]
         try:
             families = ray.get([actor.pids.remote() for actor in self._actors], timeout=START_DEADLINE)
-            self._pids = [pid for family in families for pid in family]
+            self._processes = [psutil.Process(pid) for family in families for pid in family]
             self.call("init_weight_transfer_engine", {})
         except ray.exceptions.GetTimeoutError:
+            self.stop()
             raise ClusterError(f"an engine did not load {checkpoint} within {START_DEADLINE:.0f} s") from None
         except ray.exceptions.RayError as error:
+            self.stop()
             raise ClusterError(f"an engine could not start on {checkpoint}: {_root_cause(error)}") from error
+        except BaseException:
+            self.stop()
+            raise
 
     def ask(self, key: int, request: Request) -> asyncio.Future:
         """Queue a request for the actor of its prompt (same prompt, same prefix cache), sent when this turn ends."""
@@ -200,7 +208,7 @@ class _Fleet:
         stream = actor.extend.options(num_returns="streaming").remote(list(requests))
         try:
             for _ in requests:
-                index, reply = await (await asyncio.wait_for(anext(stream), REPLY_DEADLINE))
+                index, reply = await asyncio.wait_for(_next(stream), REPLY_DEADLINE)
                 self.ledger.generated += len(reply.step.ids)
                 self.ledger.prefilled += reply.prefilled
                 self.ledger.cached += reply.step.cached
@@ -224,10 +232,11 @@ class _Fleet:
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        mine = [psutil.Process(pid) for pid in self._pids if psutil.pid_exists(pid)]
-        for process in psutil.wait_procs(mine, timeout=3)[1]:
+        for process in psutil.wait_procs(self._processes, timeout=3)[
+            1
+        ]:  # psutil knows a reused pid for another process
             process.kill()
-        self._actors, self._pids = [], []
+        self._actors, self._processes = [], []
 
 
 class _Actor:
@@ -264,11 +273,17 @@ class _Actor:
         return await self._engine.checksums()
 
 
+async def _next(stream: Any) -> tuple[int, Reply]:
+    return await (await anext(stream))
+
+
 def _grown(path: Trajectory, request: Request, reply: Reply) -> Trajectory:
     if reply.stopped:
         end = "stop"
+    elif request.until.kind == "end" or len(reply.step.ids) >= request.room:
+        end = "length"
     else:
-        end = "length" if len(reply.step.ids) >= request.room else None
+        end = None
     return path.grow(reply.step, end=end, seed=request.seed)
 
 
@@ -312,7 +327,7 @@ def _require_resources(placement: Placement) -> None:
         if have.get(kind, 0) < need:
             raise ClusterError(
                 f"engine.count = {placement.count} needs {need:g} {kind}, the Ray cluster has {have.get(kind, 0):g}: "
-                "lower engine.count or engine.gpus, or join a larger cluster with --ray ADDRESS"
+                "lower engine.count or engine.gpus"
             )
 
 

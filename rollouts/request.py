@@ -18,7 +18,7 @@ class Placement:
     kind: Literal["vllm", "local"] = "vllm"  # local: transformers in this process, without Ray, for debugging
     count: int = 1
     gpus: float = 0  # per engine; 0 runs vLLM on the CPU
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; the learner is always float32
     max_model_len: int = 1024  # tokens of prompt and response together
     max_num_seqs: int = 256
     kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own

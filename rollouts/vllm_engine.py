@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import CompletionOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from rollouts.request import Placement, Reply, Request
 from search.base import Step
@@ -49,6 +50,7 @@ class VLLMEngine:
         )
         self._names = map(str, itertools.count())
         self._running = 0
+        self._gate = asyncio.Lock()  # held while requests are queued, and from the start of an update to its end
 
     async def ready(self) -> str:
         """The version label of the weights being served; returns once the engine can work."""
@@ -60,17 +62,20 @@ class VLLMEngine:
         When the engine is idle the whole list is queued before the first token is sampled, so that the composition
         of every batch, and with it every rounding error, depends on the requests alone and not on their timing.
         """
-        gate = self._running == 0
-        self._running += len(requests)
+        async with self._gate:
+            idle = self._running == 0
+            self._running += len(requests)
+            try:
+                if idle:
+                    await self._llm.pause_generation(mode="keep", clear_cache=False)
+                streams = [await self._queue(request) for request in requests]
+            except BaseException:
+                self._running -= len(requests)
+                raise
+            finally:
+                if idle:
+                    await self._llm.resume_generation()
         try:
-            if gate:
-                await self._llm.pause_generation(mode="keep", clear_cache=False)
-            streams = [
-                await self._llm.add_request(next(self._names), TokensPrompt(prompt_token_ids=list(r.ids)), _params(r))
-                for r in requests
-            ]
-            if gate:
-                await self._llm.resume_generation()
             waiting = [asyncio.ensure_future(_last(i, stream)) for i, stream in enumerate(streams)]
             try:
                 for done in asyncio.as_completed(waiting):
@@ -82,6 +87,10 @@ class VLLMEngine:
         finally:
             self._running -= len(requests)
 
+    async def _queue(self, request: Request) -> RequestOutputCollector:
+        prompt = TokensPrompt(prompt_token_ids=list(request.ids))
+        return await self._llm.add_request(next(self._names), prompt, _params(request))
+
     # The four phases of vLLM's weight-transfer protocol, under the names its clients call.
 
     async def init_weight_transfer_engine(self, info: dict) -> None:
@@ -89,6 +98,7 @@ class VLLMEngine:
 
     async def start_weight_update(self) -> None:
         """Freeze running requests (they resume under the new weights) and open the update."""
+        await self._gate.acquire()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         await self._llm.start_weight_update()
 
@@ -96,18 +106,17 @@ class VLLMEngine:
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
 
     async def finish_weight_update(self, version: int) -> int:
-        """Close the update, set the version, let requests go on. Returns the version the engine reports."""
+        """Close the update and set the version; requests go on only if the engine reports it. Returns that report."""
         await self._llm.finish_weight_update(str(version))
         reported = int(await self._llm.get_weight_version())
-        await self._llm.resume_generation()
+        if reported == version:
+            await self._llm.resume_generation()
+            self._gate.release()
         return reported
 
     async def checksums(self) -> dict[str, str]:
         """A checksum per loaded tensor, as vLLM computes them: equal on every engine that holds the same weights."""
         return (await self._llm.compute_weight_checksums())[0]
-
-    def shutdown(self) -> None:
-        self._llm.shutdown()
 
 
 def _params(request: Request) -> SamplingParams:
@@ -128,14 +137,14 @@ def _params(request: Request) -> SamplingParams:
     )
 
 
-async def _last(index: int, stream):
+async def _last(index: int, stream: RequestOutputCollector) -> tuple[int, RequestOutput]:
     output = stream.get_nowait() or await stream.get()
     assert output.finished, "FINAL_ONLY output arrives once"
     return index, output
 
 
-def _reply(output) -> Reply:
-    completion: CompletionOutput = output.outputs[0]
+def _reply(output: RequestOutput) -> Reply:
+    completion = output.outputs[0]
     ids = tuple(completion.token_ids)
     logprobs = completion.logprobs
     cached = output.num_cached_tokens or 0

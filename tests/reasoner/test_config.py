@@ -38,6 +38,18 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("learner.importance='tokens'", ["token_truncate"]),
         ("learner.loss='daop'", ["learner.loss", "Did you mean dapo?"]),
         ("name='a/b'", ["name", "folder"]),
+        ("sampling.top_p=1.5", ["sampling.top_p", "(0, 1]"]),
+        ("sampling.temperature=2.5", ["sampling.temperature", "at most 2"]),
+        ("sampling.top=5", ["sampling.top = 5", "engine.kind = 'vllm'"]),
+        ("search.kind='cot'", ["search", "top"]),
+        ("search.kind='best_of'", ["search", "score"]),
+        ("engine.dtype='fp16'", ["engine.dtype", "float16"]),
+        ("verify_timeout=0.0", ["verify_timeout"]),
+        ("learner.lr_warmup=100", ["lr_warmup = 100", "steps = 100"]),
+        ("learner.report_to=['tensorbord']", ["tensorbord", "tensorboard"]),
+        ("policies.mathh.form='any'", ["policies.mathh", "math"]),
+        ("policies.math.fomr='any'", ["policies.math", "form"]),
+        ("policies.math=3", ["policies.math", "table"]),
         ("engine.kind='sglang'", ["'vllm'", "'local'"]),
         ("tasks.train=0", ["train=0"]),
     ],
@@ -67,7 +79,7 @@ def test_a_key_of_two_types_takes_both(tmp_path):
         assert repr(load(config).search.until) == until
 
 
-def test_the_resolved_config_says_the_kind_of_every_strategy_and_loads_again(tmp_path):
+def test_the_resolved_config_says_the_kind_of_every_strategy():
     tree = to_dict(load(QUICKSTART))
     assert (
         tree["tasks"]["kind"] == "reasoning_gym"
@@ -88,6 +100,10 @@ def test_checking_loads_no_model_library():
     code += "; print([m for m in ('torch', 'ray', 'vllm', 'trl') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "8000 for training, 200 held out" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_loss_over_rows_refuses_pieces():
+    assert "micro_batches = 2" in refused("learner.loss='grpo'", "learner.micro_batches=2")
 
 
 def test_keys_stay_few():

@@ -96,18 +96,19 @@ def test_the_importance_correction_is_on(tmp_path):
 
 
 def test_advantages_act_per_token(tmp_path):
+    """The same token earns more at the first place and less at the second: the two must move apart."""
     policy = model()
     whole = sample("77", 1.0, policy)
     start = whole.loss_mask.index(True)
-    first_only = Sample(
-        whole.ids, whole.loss_mask, whole.logprobs, tuple(a * (i == start) for i, a in enumerate(whole.advantages))
-    )
+    signs = {start: 1.0, start + 1: -1.0}
+    split = Sample(whole.ids, whole.loss_mask, whole.logprobs, tuple(signs.get(i, 0.0) for i in range(len(whole.ids))))
     before = copy.deepcopy(policy)
-    run(policy, [[first_only, first_only]], tmp_path)
+    run(policy, [[split, split]], tmp_path)
     with torch.no_grad():
         ids = torch.tensor([whole.ids])
         gain = policy(input_ids=ids).logits.log_softmax(-1) - before(input_ids=ids).logits.log_softmax(-1)
-    assert gain[0, start - 1, whole.ids[start]] > 0.005
+    first, second = (gain[0, i - 1, whole.ids[i]].item() for i in (start, start + 1))
+    assert first > 0.002 > -0.002 > second
 
 
 def test_micro_batches_change_memory_not_the_step(tmp_path):

@@ -1,8 +1,13 @@
 """The whole loop on the in-process engine: no Ray, no vLLM, seconds."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from reasoner.__main__ import main
@@ -12,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 SMALL = (
     "--engine.kind=local --steps=2 --tasks_per_step=4 --search.n=4 --tasks.train=64 --tasks.heldout=8 --base.steps=4 "
     "--base.batch=8 --base.hidden=32 --base.layers=2 --evaluate.tasks=8 --evaluate.n=4 --evaluate.k=2 "
-    "--sampling.max_tokens=24 --verifier_workers=1 --learner.micro_batches=2"
+    "--sampling.max_tokens=24 --learner.lr_warmup=1 --verifier_workers=1 --learner.micro_batches=2"
 ).split()
 
 
@@ -56,9 +61,13 @@ def test_the_journal_holds_every_rollout_with_the_version_of_every_token(run):
             assert span == (version, 0, len(rollout.trajectory.steps[0].ids))
 
 
-def test_a_step_without_contrast_is_no_update(run):
-    for row, following in zip(rows(run), rows(run)[1:], strict=False):
-        assert following["version"] - row["version"] == (row["groups_used"] > 0)
+def test_steps_without_contrast_are_no_updates(tmp_path):
+    """A policy that can only fail: nothing agrees to teach, nothing is learned, and the run still ends whole."""
+    run = train(tmp_path, "--sampling.max_tokens=1")
+    assert [row["version"] for row in rows(run)] == [0, 0]
+    assert [row["groups_agreeing"] for row in rows(run)] == [4, 4]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seconds"]["learn"] == 0.0 and summary["base"]["greedy"] == summary["final"]["greedy"] == 0.0
 
 
 def test_two_runs_with_one_seed_give_identical_metrics(run, tmp_path):
@@ -99,6 +108,9 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["--tasks.verifier=mathh"], "math"),
         (["--tasks_per_step=100000"], "tasks_per_step = 100000"),
         (["--engine.max_model_len=80", "--sampling.max_tokens=70"], "engine.max_model_len = 80"),
+        (["--tasks.prompt={question}"], 'tasks.prompt = "{expression} ="'),
+        (["--evaluate.tasks=9"], "evaluate.tasks = 9"),
+        (["--policies.code.credit=tests"], "policies.code"),
         (["--search.kind=best_of"], "score"),
         (["--ray=127.0.0.1:1", "--engine.kind=vllm"], "ray start --head"),
     ],
@@ -127,3 +139,32 @@ def test_a_reference_that_the_verifier_cannot_read_names_its_task(tmp_path, caps
     )
     assert main(["check", str(config)]) == 2
     assert "tasks/1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process_and_leaves_a_readable_journal(tmp_path, sent):
+    arguments = [a for a in SMALL if "kind" not in a and "steps=2" not in a]
+    command = [
+        sys.executable,
+        "-m",
+        "reasoner",
+        "train",
+        str(CONFIG),
+        *arguments,
+        "--steps=2000",
+        f"--out={tmp_path}/runs",
+    ]
+    process = subprocess.Popen(
+        [*command, f"--cache={tmp_path}/cache", "--engine.kv_cache_gib=0.1"], stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / "runs" / "quickstart" / "journal.jsonl"
+    deadline = time.monotonic() + 300
+    while not (journal.exists() and journal.stat().st_size > 20_000) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(sent)
+    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive and len(gone) > 4
+    assert len(list(read(journal))) >= 4
