@@ -32,7 +32,7 @@ class Learner:
     """Policy updates by TRL."""
 
     lr: float = 1e-5  # at its peak: it falls linearly to 0 at the last step
-    lr_warmup: int = 5  # steps over which it rises from 0 first: Adam's first steps are as large as its later ones
+    lr_warmup: int = 0  # steps over which it rises from 0 first: Adam's first steps are as large as its later ones
     loss: str = "dapo"  # one of LOSSES
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios

@@ -96,5 +96,12 @@ def _rollout(task: Task, row: dict[str, Any]) -> Rollout:
         )
         for s in row["steps"]
     )
-    path = Trajectory(tuple(row["prompt_ids"]), steps, row["end"], row["seed"], row["value"], row["log_weight"])
+    path = Trajectory(
+        tuple(row["prompt_ids"]),
+        steps,
+        end=row["end"],
+        seed=row["seed"],
+        value=row["value"],
+        log_weight=row["log_weight"],
+    )
     return Rollout(task, path, Verdict(**{**row["verdict"], "steps": tuple(row["verdict"]["steps"])}))

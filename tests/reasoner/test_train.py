@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 SMALL = (
     "--engine.kind=local --steps=2 --tasks_per_step=4 --search.n=4 --tasks.train=64 --tasks.heldout=8 --base.steps=4 "
     "--base.batch=8 --base.hidden=32 --base.layers=2 --evaluate.tasks=8 --evaluate.n=4 --evaluate.k=2 "
-    "--sampling.max_tokens=24 --learner.lr_warmup=1 --verifier_workers=1 --learner.micro_batches=2"
+    "--sampling.max_tokens=24 --learner.lr_warmup=0 --verifier_workers=1 --learner.micro_batches=2"
 ).split()
 
 
