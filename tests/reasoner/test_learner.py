@@ -96,9 +96,9 @@ def test_the_importance_correction_is_on(tmp_path):
 
 
 def test_advantages_act_per_token(tmp_path):
-    """The same token earns more at the first place and less at the second: the two must move apart."""
+    """One token of the answer earned, the next cost: they must move apart."""
     policy = model()
-    whole = sample("77", 1.0, policy)
+    whole = sample("79", 1.0, policy)
     start = whole.loss_mask.index(True)
     signs = {start: 1.0, start + 1: -1.0}
     split = Sample(whole.ids, whole.loss_mask, whole.logprobs, tuple(signs.get(i, 0.0) for i in range(len(whole.ids))))
