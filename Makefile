@@ -9,7 +9,7 @@ quickstart: setup          ## train a small model to reason, on this machine, in
 	$(BIN)/reasoner train configs/quickstart.toml
 
 test: setup                ## the default tests: CPU, no network, a few minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 setup: .venv/ready         ## make .venv (done by the two targets above when it is missing)
 
