@@ -119,7 +119,7 @@ STDIO_ATTACKS = {
     "right, then hangs": "print(int(input()) ** 2, flush=True)\nwhile True: pass",
     "both answers": "print(9)\nprint(16)",
     "answers in one line": "print('9 16')",
-    "reads the answer file": "print(open('/work/answer.txt').read())",
+    "reads the answer file": "print(open('/srv/answer.txt').read())",
     "echo": "print(input())",
     "output flood": "while True: print('9' * 100_000)",
     "flood of blank lines": "print(int(input()) ** 2)\nwhile True: print()",
