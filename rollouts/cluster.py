@@ -115,9 +115,9 @@ class Engines:
         room = self.sampling.max_tokens - path.length
         if room <= 0:
             return [replace(path, end="length", seed=derive(path.seed, i)) for i in range(n)]
-        requests = [Request(path.ids, derive(path.seed, i), room, until, self.sampling) for i in range(n)]
-        replies = await asyncio.gather(*(self._fleet.ask(hash(path.prompt), request) for request in requests))
-        return [_grown(path, request, reply) for request, reply in zip(requests, replies, strict=True)]
+        request = Request(path.ids, tuple(derive(path.seed, i) for i in range(n)), room, until, self.sampling)
+        replies = await self._fleet.ask(hash(path.prompt), request)
+        return [_grown(path, request, seed, reply) for seed, reply in zip(request.seeds, replies, strict=True)]
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Push weights into every engine in flight (vLLM's four phases) and check the version that each reports.
@@ -207,13 +207,16 @@ class _Fleet:
         """Run one call on an actor and hand each reply to whoever waits for it."""
         stream = actor.extend.options(num_returns="streaming").remote(list(requests))
         try:
-            for _ in requests:
-                index, reply = await asyncio.wait_for(_next(stream), REPLY_DEADLINE)
-                self.ledger.generated += len(reply.step.ids)
-                self.ledger.prefilled += reply.prefilled
-                self.ledger.cached += reply.step.cached
-                if not replies[index].done():  # cancelled by its search
-                    replies[index].set_result(reply)
+            left = len(requests)
+            while left:
+                complete = await asyncio.wait_for(_next(stream), REPLY_DEADLINE)
+                left -= len(complete)
+                for index, steps in complete:
+                    self.ledger.generated += sum(len(reply.step.ids) for reply in steps)
+                    self.ledger.prefilled += sum(reply.prefilled for reply in steps)
+                    self.ledger.cached += sum(reply.step.cached for reply in steps)
+                    if not replies[index].done():  # cancelled by its search
+                        replies[index].set_result(steps)
         except Exception as error:  # the rim: whatever broke, the callers must hear of it
             what = f"no reply within {REPLY_DEADLINE:.0f} s" if isinstance(error, TimeoutError) else _root_cause(error)
             for reply in replies:
@@ -254,8 +257,8 @@ class _Actor:
         return [me.pid, *(child.pid for child in me.children(recursive=True))]
 
     async def extend(self, requests: list[Request]):
-        async for item in self._engine.extend(requests):
-            yield item
+        async for complete in self._engine.extend(requests):
+            yield complete
 
     async def init_weight_transfer_engine(self, info: dict) -> None:
         await self._engine.init_weight_transfer_engine(info)
@@ -273,18 +276,18 @@ class _Actor:
         return await self._engine.checksums()
 
 
-async def _next(stream: Any) -> tuple[int, Reply]:
+async def _next(stream: Any) -> list[tuple[int, list[Reply]]]:
     return await (await anext(stream))
 
 
-def _grown(path: Trajectory, request: Request, reply: Reply) -> Trajectory:
+def _grown(path: Trajectory, request: Request, seed: int, reply: Reply) -> Trajectory:
     if reply.stopped:
         end = "stop"
     elif request.until.kind == "end" or len(reply.step.ids) >= request.room:
         end = "length"
     else:
         end = None
-    return path.grow(reply.step, end=end, seed=request.seed)
+    return path.grow(reply.step, end=end, seed=seed)
 
 
 def _chunks(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Iterator[tuple[Path, str]]:
@@ -312,10 +315,10 @@ def _chunks(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Iterat
 def _environment(checkpoint: Path, placement: Placement) -> dict[str, str]:
     """vLLM reads part of its configuration from the environment only, before it is imported."""
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core runs in the actor: see `vllm_engine`
     if placement.gpus:
         return env
     config = json.loads((checkpoint / "config.json").read_text())
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker stays in the engine process: one import fewer
     if config.get("kv_lora_rank") not in (None, 512):
         env["VLLM_MLA_DISABLE"] = "1"  # the CPU's MLA kernels know latent size 512 only; the same weights run expanded
     return env

@@ -104,7 +104,8 @@ class LocalEngine:
         seeds = [derive(path.seed, i) for i in range(n)]
         if room <= 0:  # the search wrote the rest, or `at` lowered the limit
             return [replace(path, end="length", seed=seed) for seed in seeds]
-        rows = [_Row(Request(path.ids, seed, room, until, self.sampling)) for seed in seeds]
+        request = Request(path.ids, tuple(seeds), room, until, self.sampling)
+        rows = [_Row(request, seed) for seed in seeds]
         if self.sampling.arithmetic and self.sampling.temperature > 0:
             shift = random.Random(derive(path.seed, "codes")).random()
             for i, row in enumerate(rows):
@@ -120,7 +121,7 @@ class LocalEngine:
         text = whole[len(path.text) :] if whole.startswith(path.text) else self._decoder.text(row.ids)
         spans = _spans(row.versions)
         step = Step(tuple(row.ids), tuple(row.logprobs), text, versions=spans, top=tuple(row.top), cached=row.cached)
-        return path.grow(step, end=row.end, seed=row.request.seed)
+        return path.grow(step, end=row.end, seed=row.seed)
 
 
 @dataclass(eq=False)
@@ -128,6 +129,7 @@ class _Row:
     """One sequence while it is decoded."""
 
     request: Request
+    seed: int
     code: float | None = None  # in [0, 1): the tokens still to come, as an arithmetic code; None: drawn from noise
     bits: float = 0.0  # of the code that are spent
     cached: int = 0
@@ -138,7 +140,7 @@ class _Row:
     end: Ending | None = None
 
     def __post_init__(self) -> None:
-        self._noise = random.Random(self.request.seed)  # the same stream in any batch
+        self._noise = random.Random(self.seed)  # the same stream in any batch
 
     def uniform(self) -> float:
         """The number in [0, 1) that decides the next token."""

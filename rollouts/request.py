@@ -26,18 +26,23 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One continuation to sample."""
+    """Continuations of one path to sample."""
 
     ids: tuple[int, ...]  # prompt and steps so far
-    seed: int
+    seeds: tuple[int, ...]  # one per continuation
     room: int  # tokens left before the response hits its limit
     until: Until
     sampling: Sampling
 
+    @property
+    def most(self) -> int:
+        """Tokens that a continuation may have."""
+        return min(self.until.tokens, self.room) if self.until.kind == "tokens" else self.room
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The step sampled for a request, and what its prompt cost."""
+    """One step sampled for a request, and what its prompt cost."""
 
     step: Step
     stopped: bool  # by the end-of-sequence token, not by a limit or a step delimiter

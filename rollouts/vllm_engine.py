@@ -2,39 +2,54 @@
 
 Lives inside one Ray actor (`cluster.py`) but knows nothing of Ray, tasks, verifiers or search beyond the noun Step.
 The only file that imports vllm, next to its worker half `shm_transfer.py`.
+
+vLLM's engine core runs in this process, one step at a time, in a thread of its own: what arrives during a step joins
+at the next one. So nothing is serialised between a front end and a core, text is made once per path instead of once
+per token, and an update of the weights is simply what happens between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
-from collections.abc import AsyncIterator
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from vllm import SamplingParams, TokensPrompt
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import RequestOutput
+from vllm import EngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from rollouts.request import Placement, Reply, Request
-from search.base import Step
+from search.base import Alternative, Sampling, Step
+
+HEARTBEAT = 20.0  # seconds after which a caller with work here hears that the engine still turns
+CONTEXT = 8  # tokens before a step that decide how its own are spelt: a character is at most four
+KV_BLOCK = 32  # tokens; the smallest that vLLM's CPU attention takes: what a fork reads again is a part of one block
 
 
 class VLLMEngine:
-    """One AsyncLLM on one checkpoint folder."""
+    """One vLLM engine on one checkpoint folder."""
 
     def __init__(self, checkpoint: str, placement: Placement, seed: int) -> None:
         on_cpu = not placement.gpus
-        self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
+        self._llm = LLMEngine.from_engine_args(
+            EngineArgs(
                 model=checkpoint,
                 dtype=placement.dtype,
                 seed=seed % 2**31,
                 max_model_len=placement.max_model_len,
                 max_num_seqs=placement.max_num_seqs,
                 kv_cache_memory_bytes=int(placement.kv_cache_gib * 2**30) if on_cpu else None,
+                block_size=KV_BLOCK if on_cpu else None,
                 enforce_eager=on_cpu,
                 # A prompt cut into chunks makes vLLM rewind the request's generator, which the CPU's cannot: it dies.
                 enable_chunked_prefill=False if on_cpu else None,
@@ -42,131 +57,259 @@ class VLLMEngine:
                 # vLLM 0.32's CPU rotary op is wrong for the 3-D tensors of MLA (log-probabilities off by 2.5 nats).
                 compilation_config={"custom_ops": ["all", "-rotary_embedding"]} if on_cpu else {},
                 logprobs_mode="processed_logprobs",  # of the law that is sampled from: what importance ratios need
+                max_logprobs=-1,  # a search may ask for the whole vocabulary
                 worker_extension_cls="rollouts.shm_transfer.ShmWorker",
                 weight_transfer_config={"backend": "shm"},
                 generation_config="vllm",  # a checkpoint's own sampling defaults must not leak in
                 disable_log_stats=True,
             )
         )
+        self._core = self._llm.engine_core
+        self._spelling = _Spelling(self._llm.get_tokenizer(), Path(checkpoint))
+        self._version = 0
         self._names = map(str, itertools.count())
-        self._running = 0
-        self._gate = asyncio.Lock()  # held while requests are queued, and from the start of an update to its end
+        self._rows: dict[str, _Row] = {}  # by vLLM's name for them
+        self._inbox: list[_Job] = []
+        self._thread = ThreadPoolExecutor(1, "vllm")
+        self._worker: asyncio.Task[None] | None = None
+        self._gate = asyncio.Lock()  # held for one step, and from the start of an update to its end
+        gc.freeze()  # what is loaded stays: the collector need not look at it again
 
     async def ready(self) -> str:
         """The version label of the weights being served; returns once the engine can work."""
-        return await self._llm.get_weight_version()
+        return self._core.engine_core.get_weight_version()
 
-    async def extend(self, requests: list[Request]) -> AsyncIterator[tuple[int, Reply]]:
-        """Sample every request; yields (index, reply) as each ends.
+    async def extend(self, requests: list[Request]) -> AsyncIterator[list[tuple[int, list[Reply]]]]:
+        """Sample every request; yields (index, its replies) of those that are complete, after each step with any.
 
-        When the engine is idle the whole list is queued before the first token is sampled, so that the composition
-        of every batch, and with it every rounding error, depends on the requests alone and not on their timing.
+        An empty list says that the engine still works. Requests of one call enter the same step: when the engine was
+        idle, the composition of every batch, and with it every rounding error, depends on the requests alone.
         """
-        async with self._gate:
-            idle = self._running == 0
-            self._running += len(requests)
+        done: asyncio.Queue[_Job | Exception] = asyncio.Queue()
+        self._inbox += [_Job(index, request, done) for index, request in enumerate(requests)]
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.ensure_future(self._work())
+        left = len(requests)
+        while left:
             try:
-                if idle:
-                    await self._llm.pause_generation(mode="keep", clear_cache=False)
-                streams = [await self._queue(request) for request in requests]
-            except BaseException:
-                self._running -= len(requests)
-                raise
-            finally:
-                if idle:
-                    await self._llm.resume_generation()
-        try:
-            waiting = [asyncio.ensure_future(_last(i, stream)) for i, stream in enumerate(streams)]
-            try:
-                for done in asyncio.as_completed(waiting):
-                    index, output = await done
-                    yield index, _reply(output)
-            finally:
-                for task in waiting:
-                    task.cancel()
-        finally:
-            self._running -= len(requests)
+                complete = [await asyncio.wait_for(done.get(), HEARTBEAT)]
+            except TimeoutError:
+                yield []
+                continue
+            while not done.empty():
+                complete.append(done.get_nowait())
+            for job in complete:
+                if isinstance(job, Exception):
+                    raise job
+            left -= len(complete)
+            yield [(job.index, job.replies) for job in complete]
 
-    async def _queue(self, request: Request) -> RequestOutputCollector:
-        prompt = TokensPrompt(prompt_token_ids=list(request.ids))
-        return await self._llm.add_request(next(self._names), prompt, _params(request))
+    async def _work(self) -> None:
+        """Turn the engine while it has work. An error ends it and reaches everyone who waits."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._inbox or self._rows:
+                async with self._gate:
+                    jobs, self._inbox = self._inbox, []
+                    complete = await loop.run_in_executor(self._thread, self._turn, jobs)
+                for job in complete:
+                    job.done.put_nowait(job)
+        except Exception as error:
+            waiting = {id(row.job): row.job for row in self._rows.values()}
+            for job in [*jobs, *waiting.values()]:
+                job.done.put_nowait(error)
+            raise
+
+    def _turn(self, jobs: list[_Job]) -> list[_Job]:
+        """One step of the engine, with new jobs in it. Returns the jobs that it completed."""
+        for job in jobs:
+            self._admit(job)
+        complete = []
+        for output in self._core.get_output().outputs:
+            row = self._rows.get(output.request_id)
+            if row is None:  # ended by us before vLLM knew
+                continue
+            row.note(output, self._version, self._spelling)
+            cut = output.finish_reason is None and self._spelling.ends_step(row)
+            if cut:
+                self._core.abort_requests([output.request_id])
+            if cut or output.finish_reason is not None:
+                del self._rows[output.request_id]
+                row.job.left -= 1
+                if not row.job.left:
+                    row.job.replies = [each.reply(self._spelling) for each in row.job.rows]
+                    complete.append(row.job)
+        return complete
+
+    def _admit(self, job: _Job) -> None:
+        params = self._params(job.request.sampling, job.request.until.kind)
+        for seed in job.request.seeds:
+            name = next(self._names)
+            own = params.clone()
+            own.seed, own.max_tokens = seed, job.request.most
+            ids = list(job.request.ids)
+            self._core.add_request(EngineCoreRequest(name, ids, None, own, None, time.time(), None, None, None))
+            job.rows.append(_Row(job))
+            self._rows[name] = job.rows[-1]
+
+    @lru_cache(maxsize=64)  # noqa: B019 (one engine per process)
+    def _params(self, sampling: Sampling, kind: str) -> SamplingParams:
+        """All of a request but its seed and its limit."""
+        enders = self._spelling.enders(sampling.step) if kind == "step" else frozenset()
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=sorted(self._spelling.stops | enders),
+            ignore_eos=True,  # the stops say it
+            detokenize=False,
+            logprobs=sampling.top,  # 0: the sampled token's alone
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # `clone` is a shallow copy
+        )
 
     # The four phases of vLLM's weight-transfer protocol, under the names its clients call.
 
     async def init_weight_transfer_engine(self, info: dict) -> None:
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        await self._on_workers("init_weight_transfer_engine", init_info=info)
 
     async def start_weight_update(self) -> None:
-        """Freeze running requests (they resume under the new weights) and open the update."""
+        """Hold running requests (they go on under the new weights, their prefixes read anew) and open the update."""
         await self._gate.acquire()
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        await self._llm.start_weight_update()
+        self._core.reset_prefix_cache(reset_running_requests=True)
+        await self._on_workers("start_weight_update")
 
     async def update_weights(self, info: dict) -> None:
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+        await self._on_workers("update_weights", update_info=info)
 
     async def finish_weight_update(self, version: int) -> int:
         """Close the update and set the version; requests go on only if the engine reports it. Returns that report."""
-        await self._llm.finish_weight_update(str(version))
-        reported = int(await self._llm.get_weight_version())
-        if reported == version:
-            await self._llm.resume_generation()
+        await self._on_workers("finish_weight_update")
+        self._core.set_weight_version(str(version))
+        self._version = int(self._core.get_weight_version())
+        if self._version == version:
             self._gate.release()
-        return reported
+        return self._version
 
     async def checksums(self) -> dict[str, str]:
         """A checksum per loaded tensor, as vLLM computes them: equal on every engine that holds the same weights."""
-        return (await self._llm.compute_weight_checksums())[0]
+        return (await self._on_workers("compute_weight_checksums"))[0]
+
+    async def _on_workers(self, method: str, **arguments: Any) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: self._core.collective_rpc(method, kwargs=arguments))
 
 
-def _params(request: Request) -> SamplingParams:
-    """Seeds come hashed; vLLM's own n > 1 would use seed, seed + 1, ..., which collide across requests."""
-    until, sampling = request.until, request.sampling
-    return SamplingParams(
-        n=1,
-        seed=request.seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_tokens=min(until.tokens, request.room) if until.kind == "tokens" else request.room,
-        stop=[sampling.step] if until.kind == "step" else None,
-        include_stop_str_in_output=True,
-        detokenize=True,
-        logprobs=0,  # the sampled token's alone
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+@dataclass(eq=False)
+class _Job:
+    """A request on its way through the engine."""
+
+    index: int  # in the call it came with
+    request: Request
+    done: asyncio.Queue[_Job | Exception]
+    rows: list[_Row] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)  # when all rows have ended
+
+    def __post_init__(self) -> None:
+        self.left = len(self.request.seeds)
 
 
-async def _last(index: int, stream: RequestOutputCollector) -> tuple[int, RequestOutput]:
-    output = stream.get_nowait() or await stream.get()
-    assert output.finished, "FINAL_ONLY output arrives once"
-    return index, output
+@dataclass(eq=False, slots=True)
+class _Row:
+    """One continuation while it is sampled."""
+
+    job: _Job
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[Alternative, ...]] = field(default_factory=list)
+    changes: list[tuple[int, int]] = field(default_factory=list)  # (version, first token under it)
+    prefilled: int = 0
+    cached: int = 0
+
+    def note(self, output: EngineCoreOutput, version: int, spelling: _Spelling) -> None:
+        """Take in what one step of the engine sampled."""
+        if output.prefill_stats is not None:
+            self.cached = output.prefill_stats.num_cached_tokens
+            self.prefilled = output.prefill_stats.num_computed_tokens
+        if not output.new_token_ids:
+            return
+        if not self.changes or self.changes[-1][0] != version:
+            self.changes.append((version, len(self.ids)))
+        self.ids += output.new_token_ids
+        found = output.new_logprobs  # (tokens, 1 + most alternatives in the batch): the sampled one first
+        assert found.logprob_token_ids[:, 0].tolist() == output.new_token_ids, "the sampled token's logprob comes first"
+        self.logprobs += found.logprobs[:, 0].tolist()
+        if most := self.job.request.sampling.top:
+            for ids, logprobs in zip(found.logprob_token_ids, found.logprobs, strict=True):
+                self.top.append(spelling.alternatives(ids[: most + 1].tolist(), logprobs[: most + 1].tolist()))
+
+    def reply(self, spelling: _Spelling) -> Reply:
+        """All that was sampled, as a step."""
+        stopped = self.ids[-1] in spelling.stops
+        ends = [start for _, start in self.changes[1:]] + [len(self.ids)]
+        step = Step(
+            ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            text=spelling.text(self.job.request.ids, self.ids, whole=stopped),
+            versions=tuple((version, start, end) for (version, start), end in zip(self.changes, ends, strict=True)),
+            top=tuple(self.top),
+            cached=self.cached,
+        )
+        return Reply(step, stopped, self.prefilled)
 
 
-def _reply(output: RequestOutput) -> Reply:
-    completion = output.outputs[0]
-    ids = tuple(completion.token_ids)
-    logprobs = completion.logprobs
-    cached = output.num_cached_tokens or 0
-    step = Step(
-        ids=ids,
-        logprobs=tuple(_sampled_logprobs(ids, logprobs)),
-        text=completion.text,
-        versions=tuple((_version(s.version), s.start, s.end) for s in completion.weight_versions or ()),
-        cached=cached,
-    )
-    stopped = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
-    return Reply(step, stopped, prefilled=len(output.prompt_token_ids) - cached)
+class _Spelling:
+    """What token ids mean: their text, which of them end an answer, which a step."""
+
+    def __init__(self, tokenizer: Any, checkpoint: Path) -> None:
+        self._tokenizer = tokenizer
+        self.stops = frozenset(_stops(tokenizer, checkpoint))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @lru_cache(maxsize=100_000)  # noqa: B019 (one engine per process)
+    def word(self, token: int) -> str:
+        return self._decode([token])
+
+    def text(self, before: tuple[int, ...], ids: list[int], *, whole: bool) -> str:
+        """What `ids` add to the text after `before`. A character cut in half is left to the step that completes it."""
+        context = before[-CONTEXT:]
+        known = self._decode(context).rstrip("\ufffd")
+        text = self._decode([*context, *ids])
+        if not whole:
+            text = text.rstrip("\ufffd")
+        return text[len(known) :] if text.startswith(known) else self._decode(ids)
+
+    def alternatives(self, ids: list[int], logprobs: list[float]) -> tuple[Alternative, ...]:
+        """The likeliest tokens of a position, the sampled one (which comes first) among them."""
+        own, *others = zip(ids, logprobs, strict=True)
+        listed = others if own[0] in ids[1:] else [*others, own]
+        return tuple(Alternative(t, lp, self.word(t), t in self.stops) for t, lp in listed if lp > -math.inf)
+
+    @lru_cache(maxsize=16)  # noqa: B019
+    def enders(self, delimiter: str) -> frozenset[int]:
+        """The tokens that contain a delimiter of one byte. A longer one can lie across tokens: see `ends_step`."""
+        if len(delimiter.encode()) > 1:
+            return frozenset()
+        words = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
+        return frozenset(token for token, word in enumerate(words) if delimiter in word) - self.stops
+
+    def ends_step(self, row: _Row) -> bool:
+        """Whether the row has reached a step delimiter that no single token stands for."""
+        request = row.job.request
+        delimiter = request.sampling.step
+        if request.until.kind != "step" or len(delimiter.encode()) == 1:
+            return False
+        tail = 4 * len(delimiter) + 4
+        return delimiter in self._decode(row.ids[-tail:])
 
 
-def _sampled_logprobs(ids, logprobs):
-    """vLLM puts the sampled token first at each position; the flat form keeps one list for all of them."""
-    starts = logprobs.start_indices
-    assert len(starts) == len(ids), f"{len(ids)} ids but logprobs for {len(starts)}"
-    for token, start in zip(ids, starts, strict=True):
-        assert logprobs.token_ids[start] == token, "the first logprob of a position is the sampled token's"
-        yield logprobs.logprobs[start]
-
-
-def _version(label: str) -> int:
-    return 0 if label == "default" else int(label)  # vLLM calls the weights it started with "default"
+def _stops(tokenizer: Any, checkpoint: Path) -> set[int]:
+    """Ids that end an answer: the tokenizer's, and those of the checkpoint's own settings (an id, a list, or none)."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (file := checkpoint / name).is_file():
+            ids = json.loads(file.read_text()).get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [ids])
+            break
+    return found - {None}
