@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reasoner.base_model import BASES, Base, Warmup
-from reasoner.credit import CREDITS, GRPO, Credit, Shuffled
+from reasoner.credit import CREDITS, GRPO, Credit, Process, ReinforcePP
 from rollouts.request import Placement
 from rollouts.tasks import SOURCES, ReasoningGym, Source
 from search import SEARCHES, find
@@ -283,7 +283,8 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
-    if isinstance(run.credit, GRPO | Shuffled) and getattr(run.search, "n", 2) < 2:
+    alone = isinstance(run.credit, Process) or run.credit == ReinforcePP(group_baseline=False)
+    if not alone and getattr(run.search, "n", 2) < 2:
         raise ConfigError(f"search.n = {run.search.n}: one path has no contrast to learn from, raise n")
     _check_policies(run.policies)
 

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
 from reasoner.config import ConfigError, Run, to_dict
+from reasoner.credit import assign
 from reasoner.evaluate import evaluate, table
 from reasoner.progress import Clock, PeakMemory, Screen
 from rollouts.base import Group
@@ -167,7 +169,7 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
             for group in groups:
                 journal.append(group, step=step, version=version)
             journal.flush()
-            samples = [sample for group in groups for sample in run.credit(group)]
+            samples = assign(run.credit, groups, partial(stage.tokenizer.decode, skip_special_tokens=True))
             row = {"step": step, "version": version, **statistics(groups)}
             clock.seconds["verify"] += row["seconds_verify"]
             if samples:  # groups that agree teach nothing; a step of only such groups goes by without an update
@@ -233,7 +235,8 @@ def statistics(groups: Sequence[Group]) -> dict[str, Any]:
     agreeing = sum(len({r.verdict.score for r in group.scored}) == 1 for group in groups)
     unjudged = sum(not group.scored for group in groups)
     lengths = [r.trajectory.sampled_tokens for r in rollouts]
-    dropped = Counter(f"{r.verdict.status}: {r.verdict.why}"[:120] for r in rollouts if r.verdict.status != "scored")
+    lost = [r for r in rollouts if r.verdict.status != "scored"]
+    dropped = Counter(f"{r.task.verifier} {r.verdict.status}: {r.verdict.why}"[:120] for r in lost)
     return {
         "reward_mean": sum(scores) / len(scores) if scores else None,  # nothing judged is not a reward of 0
         "solved_fraction": sum(any(r.verdict.correct for r in group.scored) for group in groups) / len(groups),
