@@ -20,6 +20,7 @@ from typing import Any
 from reasoner.base_model import BASES, Base, Warmup
 from reasoner.credit import CREDITS, GRPO, Credit, Process, ReinforcePP
 from rollouts.request import Placement
+from rollouts.score import SCORES, ScoreKind
 from rollouts.tasks import SOURCES, ReasoningGym, Source
 from search import SEARCHES, find
 from search.base import Sampling, Search
@@ -62,6 +63,7 @@ class Run:
     engine: Placement = field(default_factory=Placement)
     sampling: Sampling = field(default_factory=Sampling)
     search: Search = field(default_factory=Sample)
+    score: ScoreKind | None = None  # guides the search in training; `verifier` is the answer key itself
     credit: Credit = field(default_factory=GRPO)
     learner: Learner = field(default_factory=Learner)
     evaluate: Evaluation = field(default_factory=Evaluation)
@@ -83,6 +85,7 @@ KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", SOURCES),
     Base: ("warmup", BASES),
     Search: ("sample", SEARCHES),
+    ScoreKind: ("process", SCORES),
     Credit: ("grpo", CREDITS),
 }
 
@@ -265,10 +268,7 @@ def _cross_check(run: Run) -> None:
                 f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r}: it offers no such "
                 "thing, use engine.kind = 'local' or leave it out"
             )
-    try:
-        run.search.check(_Offered(sampling, frozenset(OFFERS[engine.kind])), None)
-    except ValueError as error:
-        raise ConfigError(f"search: {error}") from None
+    check_search(run.search, run.score, Offered(sampling, frozenset(OFFERS[engine.kind])))
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "
@@ -290,11 +290,21 @@ def _cross_check(run: Run) -> None:
 
 
 @dataclass(frozen=True)
-class _Offered:
-    """What a search asks of an engine before it starts."""
+class Offered:
+    """What a search or a score asks of an engine before it starts."""
 
     sampling: Sampling
     offers: frozenset[str]
+
+
+def check_search(search: Search, score: ScoreKind | None, engine: Offered, where: str = "") -> None:
+    """ConfigError when the search lacks a score or the engine, or the score the engine, that it needs."""
+    for key, check in (("score", score and score.check), ("search", lambda e: search.check(e, score))):
+        try:
+            if check:
+                check(engine)
+        except ValueError as error:
+            raise ConfigError(f"{_dot(where, key)}: {error}") from None
 
 
 def _check_policies(policies: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Held-out accuracy: one greedy path and n sampled ones per task, judged by the task's verifier.
 
-The search gets no score here, so the answer key cannot reach it: `roll_out(..., score=None)` is the one visible line.
+The search gets no guide here, so the answer key cannot reach it: `guide=None` is the one visible line.
 Neighbours: `search.metrics` and `search.marginal` hold the definitions: expectations over k-subsets of the n samples,
 exact but for the marginal, which averages seeded subsets.
 """
@@ -36,7 +36,7 @@ async def evaluate(
     tasks: Sequence[Task], engine: Engine, pool: Pool, tokenizer: Any, settings: Evaluation, *, seed: int
 ) -> list[Judged]:
     """Roll out every task greedily and n times at temperature 1, the law whose marginal is reported."""
-    options = {"pool": pool, "tokenizer": tokenizer, "seed": derive(seed, "evaluate"), "score": None}  # no answer key
+    options = {"pool": pool, "tokenizer": tokenizer, "seed": derive(seed, "evaluate"), "guide": None}  # no answer key
     greedy = await roll_out(tasks, Sample(n=1), engine.at(temperature=0.0), **options)
     sampled = await roll_out(tasks, Sample(n=settings.n), engine.at(temperature=1.0, top_p=1.0), **options)
     return [Judged(g, s) for g, s in zip(greedy, sampled, strict=True)]

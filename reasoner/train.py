@@ -26,6 +26,7 @@ from reasoner.progress import Clock, PeakMemory, Screen
 from rollouts.base import Group
 from rollouts.journal import Journal
 from rollouts.roll_out import encode, roll_out
+from rollouts.score import WithKey
 from search.base import derive
 from verifiers import Pool, get
 from verifiers.base import Task
@@ -189,7 +190,8 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
 
 
 def _roll_out(stage: Stage, tasks: Sequence[Task], *, seed: int) -> Any:
-    return roll_out(tasks, stage.run.search, stage.engine, stage.pool, stage.tokenizer, seed=seed)
+    guide = WithKey(stage.pool, stage.engine, stage.run.score)
+    return roll_out(tasks, stage.run.search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide)
 
 
 def push(engine: Any, model: Any, version: int, export: Any) -> None:

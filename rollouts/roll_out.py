@@ -1,18 +1,30 @@
 """One task becomes a group of judged paths: search, then verify. Many tasks at once, no barrier between them.
 
-Runs on any Engine; knows no Ray, no vLLM and no learner. Whoever calls it chooses whether the search may see a score.
+Runs on any Engine; knows no Ray, no vLLM and no learner. What the search may know of its task is the caller's choice
+and stands in one place: `score.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rollouts.base import Group, Rollout
-from search.base import Engine, Score, Search, Trajectory, derive
+from rollouts.score import Guide, read_by
+from search.base import Engine, Search, Trajectory, derive
+from search.tree import Tree, explore
 from verifiers import Pool
 from verifiers.base import Task
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The judged paths of one task, and the tree that they were found in."""
+
+    group: Group
+    tree: Tree
 
 
 def encode(tokenizer: Any, task: Task) -> tuple[int, ...]:
@@ -29,20 +41,39 @@ async def roll_out(
     tokenizer: Any,
     *,
     seed: int,
-    score: Score | None = None,
+    guide: Guide | None = None,
 ) -> list[Group]:
-    """The groups of `tasks`, in their order.
+    """The groups of `tasks`, in their order; `search_tasks` without the trees."""
+    found = await search_tasks(tasks, search, engine, pool, tokenizer, seed=seed, guide=guide)
+    return [each.group for each in found]
+
+
+async def search_tasks(
+    tasks: Sequence[Task],
+    search: Search,
+    engine: Engine,
+    pool: Pool,
+    tokenizer: Any,
+    *,
+    seed: int,
+    guide: Guide | None = None,
+) -> list[Searched]:
+    """Search and judge every task.
 
     Args:
+        pool: judges the paths, with the answer key.
         seed: hashed with each task's id into the seed of its root.
-        score: what scores partial paths for the search. Never the answer key when the result is an evaluation.
+        guide: what the search may know of its task; None: nothing, not even how answers are read. An evaluation gives
+            `Open`, and no other.
     """
 
-    async def one(task: Task) -> Group:
+    async def one(task: Task) -> Searched:
         root = Trajectory(encode(tokenizer, task), seed=derive(seed, task.id))
-        paths = await search.run(root, engine, score)
-        verdicts = await pool.verify(task, [path.text for path in paths])
-        return Group(task, tuple(Rollout(task, p, v) for p, v in zip(paths, verdicts, strict=True)))
+        bound = search if guide is None else read_by(search, task.verifier, guide.pool)
+        found = await explore(bound, root, engine, None if guide is None else guide.score_of(task))
+        verdicts = await pool.verify(task, [path.text for path in found.paths])
+        rollouts = (Rollout(task, p, v) for p, v in zip(found.paths, verdicts, strict=True))
+        return Searched(Group(task, tuple(rollouts)), found.tree)
 
     try:
         async with asyncio.TaskGroup() as group:  # the first failure cancels the rest

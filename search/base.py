@@ -198,7 +198,9 @@ def require(
     """What a search's `check` is made of: each need that is not met is a ValueError that says what to do."""
     kind = type(search).__name__
     if judged and score is None:
-        raise ValueError(f"{kind} needs a score and has none: bind a verifier or a process reward model to it")
+        raise ValueError(
+            f"{kind} needs a score and has none: give one, in a config a [score] table (kind = 'process' ...)"
+        )
     if granularity(until) == STEP and not engine.sampling.step:
         raise ValueError(f"{kind} searches by steps but sampling.step is empty: set the delimiter, e.g. '\\n'")
     for offer in offers:

@@ -31,6 +31,7 @@ __all__ = ["Pool", "Task", "Verdict", "Verifier", "get", "known", "verifier", "v
 _judges: dict[str, Any] = {  # name -> class, function, or "module:class", imported when first asked for
     "math": "verifiers.math:Math",
     "process_math": "verifiers.process:ProcessMath",
+    "steps": "verifiers.process:Steps",
     "code": "verifiers.code:Code",
     "arc": "verifiers.arc:Arc",
     "reasoning_gym": "verifiers.reasoning_gym:ReasoningGym",

@@ -9,11 +9,14 @@ learned and Monte-Carlo step values fill the same `Verdict.steps`.
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import islice
+from typing import Literal
 
 from verifiers import numbers, proof
 from verifiers.base import Task, Verdict
@@ -89,12 +92,69 @@ class ProcessMath:
         return self.outcome.equal(left, right)
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The steps alone, judged without a reference: what may guide a search whose result is an evaluation.
+
+    A step that states true equalities scores 1, a false one 0, and a step with nothing to check `unchecked`: below 1,
+    so that work shown is worth more than an answer out of nowhere. The verdict's score joins them by `join`; `correct`
+    says that no step is false. Limit: steps that are true and lead nowhere score 1.
+
+    Example:
+        Steps().verify(task, "3+4=7\\n7-2=5\\nAnswer: 5").score  # (1 + 1 + 0.5) / 3
+    """
+
+    delimiter: str = "\n"
+    unchecked: float = 0.5
+    join: Literal["mean", "min", "product", "last"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not self.delimiter:
+            raise ValueError("steps delimiter='' cuts no steps: give the text that ends a step, e.g. a line break")
+        if not 0 <= self.unchecked <= 1:
+            raise ValueError(f"steps unchecked={self.unchecked} is outside [0, 1]: a step that shows nothing to check")
+        if self.join not in JOINS:
+            raise ValueError(f"steps join={self.join!r} is unknown: choose one of {', '.join(JOINS)}")
+
+    def verify(self, task: Task, response: str) -> Verdict:
+        start = time.perf_counter()
+        found = findings(response, delimiter=self.delimiter)
+        steps = tuple(self.unchecked if holds is None else float(holds) for holds in found)
+        score = JOINS[self.join](steps) if steps else self.unchecked
+        false = sum(holds is False for holds in found)
+        why = f"{false} of {len(steps)} steps state a false equality"
+        seconds = time.perf_counter() - start
+        return Verdict("scored", score, not false, steps=steps, why=why, seconds=seconds)
+
+    def check(self, task: Task) -> None:
+        """Needs no reference."""
+
+    def answer(self, response: str) -> str | None:
+        return Math().answer(response)
+
+    def equal(self, left: str, right: str) -> bool:
+        return Math().equal(left, right)
+
+
+JOINS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda steps: math.fsum(steps) / len(steps),
+    "min": min,
+    "product": math.prod,
+    "last": lambda steps: steps[-1],
+}
+
+
 def step_scores(text: str, *, delimiter: str = "\n") -> tuple[float, ...]:
     """One score per step, 0.0 where a step states a false equality, else 1.0. A delimiter at the end opens no step."""
+    return tuple(0.0 if holds is False else 1.0 for holds in findings(text, delimiter=delimiter))
+
+
+def findings(text: str, *, delimiter: str = "\n") -> tuple[bool | None, ...]:
+    """Of each step whether the equalities it states hold: False if one does not, None where there is none to check."""
     steps = text.split(delimiter)
     if steps and not steps[-1]:
         steps.pop()
-    return tuple(0.0 if "=" in step and not _holds(step) else 1.0 for step in steps)
+    return tuple(_holds(step) if "=" in step else None for step in steps)
 
 
 def first_wrong(scores: tuple[float, ...]) -> int | None:
@@ -102,14 +162,17 @@ def first_wrong(scores: tuple[float, ...]) -> int | None:
     return next((i for i, score in enumerate(scores) if score == 0.0), None)
 
 
-def _holds(step: str) -> bool:
+def _holds(step: str) -> bool | None:
     numbers.begin()
+    shown = None
     try:
-        return all(
-            holds is not False for holds, _ in zip(map(_equal_or_unknown, claims(step)), range(CLAIMS), strict=False)
-        )
+        for holds in map(_equal_or_unknown, islice(claims(step), CLAIMS)):
+            if holds is False:
+                return False
+            shown = shown or holds
     except numbers.Exhausted:
-        return True  # nothing was shown to be wrong
+        return None  # nothing was shown, neither right nor wrong
+    return shown
 
 
 def claims(step: str) -> Iterator[tuple[str, str, bool]]:

@@ -72,6 +72,20 @@ def test_two_runs_with_one_seed_give_identical_metrics(run, tmp_path):
     assert rows(train(tmp_path)) == rows(run)
 
 
+@pytest.mark.parametrize("kind", ["process", "verifier"])
+def test_training_rollouts_can_be_searched_with_a_score(tmp_path, kind):
+    search = ["--search.kind=beam", "--search.width=2", "--search.branch=2", f"--score.kind={kind}", "--steps=1"]
+    plain = [a for a in SMALL if "search.n" not in a and "steps=2" not in a]
+    config = tmp_path / "searched.toml"
+    config.write_text(CONFIG.read_text().replace('[search]\nkind = "sample"\nn = 8\n', ""))
+    folders = [f"--out={tmp_path}/runs", f"--cache={tmp_path}/cache"]
+    assert main(["train", str(config), *plain, *search, *folders]) == 0
+    groups = [group for _, _, group in read(tmp_path / "runs" / "quickstart" / "journal.jsonl")]
+    values = [r.trajectory.value for group in groups for r in group.rollouts]
+    assert len(groups) == 4 and all(0 <= value <= 1 for value in values)
+    assert json.loads((tmp_path / "runs" / "quickstart" / "config.json").read_text())["score"]["kind"] == kind
+
+
 def test_another_seed_gives_another_run(run, tmp_path):
     assert rows(train(tmp_path, "--seed=5")) != rows(run)
 

@@ -3,7 +3,7 @@ r"""Step scores: a false equality is found, and nothing else is called false."""
 import pytest
 
 from verifiers.base import Task
-from verifiers.process import ProcessMath, first_wrong, step_scores
+from verifiers.process import ProcessMath, Steps, findings, first_wrong, step_scores
 
 FALSE = [
     "3+4=8", "So 3 + 4 = 7 and 7+5 = 13.", "12 - 5 = 7 - 2 = 5", "10/3 = 3.34", "2/3=0.65",
@@ -65,3 +65,21 @@ def test_a_right_chain_to_no_answer_is_wrong():
 def test_hostile_steps_are_bounded():
     text = "\n".join(["(1+2)^{60}" * 30 + "=5"] * 20 + ["1+" * 400 + "1=401", "=" * 500, "1=1" * 500])
     assert len(step_scores(text)) == 23
+
+
+def test_work_that_is_shown_and_true_is_worth_more_than_an_answer_out_of_nowhere():
+    worked, blurted, wrong = "3+4=7\n7-2=5\nAnswer: 5", "Answer: 5", "3+4=8\n8-2=6\nAnswer: 6"
+    assert findings(worked) == (True, True, None) and findings(wrong) == (False, True, None)
+    score = {text: Steps().verify(None, text).score for text in (worked, blurted, wrong, "")}
+    assert score[worked] == pytest.approx(2.5 / 3) and score[blurted] == score[""] == 0.5
+    assert score[worked] > score[blurted] >= score[wrong]
+
+
+def test_steps_are_judged_without_a_look_at_the_task():
+    assert Steps().verify(None, "3+4=7").correct and not Steps(join="min").verify(None, "1+1=2\n1+1=3").score
+
+
+@pytest.mark.parametrize("policy", [{"delimiter": ""}, {"unchecked": 1.5}, {"join": "sum"}])
+def test_a_policy_of_steps_that_makes_no_sense_is_refused(policy):
+    with pytest.raises(ValueError, match=next(iter(policy))):
+        Steps(**policy)
