@@ -79,7 +79,6 @@ class Run:
 
 LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TRL 1.16
 BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
-OFFERS = {"vllm": {"logprobs"}, "local": {"logprobs", "top", "arithmetic", "write"}}  # of the engines, by kind
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", SOURCES),
@@ -263,12 +262,12 @@ def _cross_check(run: Run) -> None:
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"sampling.top_p = {sampling.top_p} must lie in (0, 1]: 1.0 is the model itself")
     for offer in ("arithmetic", "top"):
-        if getattr(sampling, offer) and offer not in OFFERS[engine.kind]:
+        if getattr(sampling, offer) and offer not in engine.offers:
             raise ConfigError(
-                f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r}: it offers no such "
-                "thing, use engine.kind = 'local' or leave it out"
+                f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r} and engine.gpus = "
+                f"{engine.gpus:g}: it offers no such thing, use engine.kind = 'local' or leave it out"
             )
-    check_search(run.search, run.score, Offered(sampling, frozenset(OFFERS[engine.kind])))
+    check_search(run.search, run.score, Offered(sampling, engine.offers))
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "

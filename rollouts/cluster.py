@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollouts.request import Placement, Reply, Request
-from search.base import END, Offer, Sampling, Trajectory, Until, derive
+from rollouts.writing import write
+from search.base import END, Offer, Sampling, Trajectory, Until
 from search.tree import Ledger
 
 if TYPE_CHECKING:
@@ -90,8 +92,6 @@ def _require_answer(address: str) -> None:
 class Engines:
     """Engine actors behind the `Engine` interface. Make with `start`; `at` gives views with other sampling."""
 
-    offers: frozenset[Offer] = frozenset({"logprobs"})
-
     def __init__(self, fleet: _Fleet, sampling: Sampling) -> None:
         self._fleet = fleet  # shared by all views
         self.sampling = sampling
@@ -102,20 +102,28 @@ class Engines:
         return cls(_Fleet(checkpoint, placement, seed), sampling)
 
     @property
+    def offers(self) -> frozenset[Offer]:
+        return self._fleet.placement.offers
+
+    @property
     def ledger(self) -> Ledger:
         return self._fleet.ledger
 
     def at(self, **changes: float | int | str) -> Engines:
         return Engines(self._fleet, replace(self.sampling, **changes))
 
+    def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
+        """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
+        return write(self._fleet.tokenizer, path, text, turn=turn)
+
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """`n` continuations of `path`; see `search.base.Engine`."""
         if path.end is not None:
             raise ValueError(f"a path that ended ({path.end}) cannot be extended")
-        room = self.sampling.max_tokens - path.length
+        room = min(self.sampling.max_tokens - path.length, self._fleet.placement.max_model_len - len(path.ids))
+        request = Request.children(path, n, until, self.sampling, room)
         if room <= 0:
-            return [replace(path, end="length", seed=derive(path.seed, i)) for i in range(n)]
-        request = Request(path.ids, tuple(derive(path.seed, i) for i in range(n)), room, until, self.sampling)
+            return [replace(path, end="length", seed=seed) for seed in request.seeds]
         replies = await self._fleet.ask(hash(path.prompt), request)
         return [_grown(path, request, seed, reply) for seed, reply in zip(request.seeds, replies, strict=True)]
 
@@ -158,7 +166,9 @@ class _Fleet:
 
     def __init__(self, checkpoint: Path, placement: Placement, seed: int) -> None:
         _require_resources(placement)
+        self.placement = placement
         self.ledger = Ledger()
+        self._checkpoint = checkpoint
         self._pending: list[tuple[int, Request, asyncio.Future]] = []
         self._tasks: set[asyncio.Task] = set()
         self._processes: list[psutil.Process] = []
@@ -184,6 +194,13 @@ class _Fleet:
         except BaseException:
             self.stop()
             raise
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the checkpoint, for what a search writes; loaded when first needed."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._checkpoint)
 
     def ask(self, key: int, request: Request) -> asyncio.Future:
         """Queue a request for the actor of its prompt (same prompt, same prefix cache), sent when this turn ends."""

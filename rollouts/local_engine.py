@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import random
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,25 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollouts.noise import Noise, draw
 from rollouts.request import Request
-from search.base import END, Alternative, Ending, Offer, Sampling, Step, Trajectory, Until, derive
+from rollouts.writing import write
+from search.base import END, Alternative, Ending, Offer, Sampling, Step, Trajectory, Until
 from search.tree import Ledger
-
-CODE_BITS = 32  # of a 53-bit arithmetic code that may be spent: what is left must stay far above rounding
-ALMOST_ONE = math.nextafter(1.0, 0.0)
-ANSWER = "<<answer>>"  # stands for the response in a chat template
 
 
 class LocalEngine:
     """Extends paths with a model in this process.
 
-    A path's noise is a stream of uniform numbers from its own seed, one per token, turned into tokens by the inverse
-    of the cumulative distribution: the batch it happens to be in changes its tokens only where the float rounding of
-    the logits does. Log-probabilities are of the distribution that was sampled from, after temperature and top-p, as in
-    vLLM's `processed_logprobs`; a greedy token (temperature 0) has its log-probability at temperature 1.
-
-    With `Sampling.arithmetic` the first tokens of a path use up a code instead, evenly spaced over the n children of a
-    call (Vilnis et al. 2023, arXiv:2210.15458), and the stream follows when 32 bits of it are spent.
+    How a seed decides the tokens: `noise`. Log-probabilities are of the distribution that was sampled from, after
+    temperature and top-p; a greedy token (temperature 0) has its log-probability at temperature 1.
 
     Args:
         model: a causal language model for this engine alone (it is put into eval mode; `load` writes into it).
@@ -87,12 +79,7 @@ class LocalEngine:
 
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
-        steps = path.steps
-        if path.end == "stop":
-            steps = (*steps[:-1], _without_last(steps[-1]))
-        ids = self._decoder.encode(text, turn)
-        added = Step(ids, (0.0,) * len(ids), self._decoder.text(ids), sampled=False)
-        return replace(path, steps=(*steps, added), end=None, seed=derive(path.seed, "write", text))
+        return write(self._decoder.tokenizer, path, text, turn=turn)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """See `search.base.Engine`. The limit is `max_tokens` or what the model can still read, whichever is nearer."""
@@ -101,15 +88,11 @@ class LocalEngine:
         if not 0 < len(path.prompt) < self._context:
             raise ValueError(f"the prompt has {len(path.prompt)} tokens: give 1 to {self._context - 1} for this model")
         room = min(self.sampling.max_tokens - path.length, self._context - len(path.ids))
-        seeds = [derive(path.seed, i) for i in range(n)]
+        request = Request.children(path, n, until, self.sampling, room)
         if room <= 0:  # the search wrote the rest, or `at` lowered the limit
-            return [replace(path, end="length", seed=seed) for seed in seeds]
-        request = Request(path.ids, tuple(seeds), room, until, self.sampling)
-        rows = [_Row(request, seed) for seed in seeds]
-        if self.sampling.arithmetic and self.sampling.temperature > 0:
-            shift = random.Random(derive(path.seed, "codes")).random()
-            for i, row in enumerate(rows):
-                row.code = (i / n + shift) % 1
+            return [replace(path, end="length", seed=seed) for seed in request.seeds]
+        noises = map(Noise, request.seeds, request.codes or [None] * n)
+        rows = [_Row(request, seed, noise) for seed, noise in zip(request.seeds, noises, strict=True)]
         await self._decoder.decode(rows)
         return [self._grown(path, row) for row in rows]
 
@@ -130,27 +113,13 @@ class _Row:
 
     request: Request
     seed: int
-    code: float | None = None  # in [0, 1): the tokens still to come, as an arithmetic code; None: drawn from noise
-    bits: float = 0.0  # of the code that are spent
+    noise: Noise
     cached: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the weights, per token
     top: list[tuple[Alternative, ...]] = field(default_factory=list)
     end: Ending | None = None
-
-    def __post_init__(self) -> None:
-        self._noise = random.Random(self.seed)  # the same stream in any batch
-
-    def uniform(self) -> float:
-        """The number in [0, 1) that decides the next token."""
-        return self._noise.random() if self.code is None else self.code
-
-    def narrow(self, low: float, high: float) -> None:
-        """Leave of the code what decides the tokens after the one that took [low, high)."""
-        self.bits -= math.log2(high - low)
-        rest = (self.code - low) / (high - low)
-        self.code = min(max(rest, 0.0), ALMOST_ONE) if self.bits < CODE_BITS else None
 
 
 class _Decoder:
@@ -159,7 +128,7 @@ class _Decoder:
     def __init__(self, model: Any, tokenizer: Any, version: int, rows: int) -> None:
         self.version = version
         self.ledger = Ledger()
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
         self._stops = _stops(model, tokenizer)
         self._rows = rows
         self._lock = threading.Lock()  # held for one forward pass, or while weights are written
@@ -167,20 +136,7 @@ class _Decoder:
         self._worker: asyncio.Task[None] | None = None
 
     def text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def encode(self, text: str, turn: bool) -> tuple[int, ...]:
-        """Text that a search adds, as ids. turn: what the chat template puts from the end of an answer to the next."""
-        if turn:
-            chat = (("user", "?"), ("assistant", ANSWER), ("user", text))
-            messages = [{"role": role, "content": content} for role, content in chat]
-            page = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            text = page.partition(ANSWER)[2]
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        back = self._tokenizer.decode(ids, skip_special_tokens=False)
-        if back.strip() != text.strip():
-            raise ValueError(f"the tokenizer turns {text!r} into {back!r}: write only what its vocabulary has")
-        return ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self._model.state_dict().keys()
@@ -309,17 +265,9 @@ def _law(logits_BV: Tensor, sampling: list[Sampling]) -> Tensor:
 
 def _draw(law_BV: Tensor, rows: list[_Row]) -> Tensor:
     """One token per row."""
-    cdf_BV = law_BV.double().exp().cumsum(-1)
-    cdf_BV /= cdf_BV[:, -1:].clone()
-    uniform_B1 = cdf_BV.new_tensor([row.uniform() for row in rows])[:, None]
-    drawn_B = torch.searchsorted(cdf_BV, uniform_B1, right=True)[:, 0]
+    drawn_B = draw(law_BV, [row.noise for row in rows])
     greedy_B = torch.tensor([row.request.sampling.temperature == 0 for row in rows], device=law_BV.device)
-    tokens_B = torch.where(greedy_B, law_BV.argmax(-1), drawn_B)
-    for i, row in enumerate(rows):
-        if row.code is not None:
-            token = int(tokens_B[i])
-            row.narrow(cdf_BV[i, token - 1].item() if token else 0.0, cdf_BV[i, token].item())
-    return tokens_B
+    return torch.where(greedy_B, law_BV.argmax(-1), drawn_B)
 
 
 def _nucleus(logprobs_BV: Tensor, top_p_B: Tensor) -> Tensor:
@@ -343,13 +291,6 @@ def _stops(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
-
-
-def _without_last(step: Step) -> Step:
-    """The step less the token that ended the path."""
-    n = len(step.ids) - 1
-    spans = tuple((version, start, min(end, n)) for version, start, end in step.versions if start < n)
-    return replace(step, ids=step.ids[:n], logprobs=step.logprobs[:n], top=step.top[:n], versions=spans)
 
 
 def _spans(versions: list[int]) -> tuple[tuple[int, int, int], ...]:

@@ -5,10 +5,11 @@ Imports neither Ray nor vLLM, so that a config can be read without them.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
-from search.base import Sampling, Step, Until
+from search.base import Offer, Sampling, Step, Trajectory, Until, derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,12 @@ class Placement:
     max_num_seqs: int = 256
     kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own
 
+    @property
+    def offers(self) -> frozenset[Offer]:
+        """What such an engine gives a search. On a GPU vLLM draws by its own noise, which knows no arithmetic codes."""
+        own_noise = self.kind == "local" or not self.gpus
+        return frozenset({"logprobs", "top", "write"} | ({"arithmetic"} if own_noise else set()))
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -33,6 +40,16 @@ class Request:
     room: int  # tokens left before the response hits its limit
     until: Until
     sampling: Sampling
+    codes: tuple[float, ...] = ()  # one per continuation, when they share arithmetic codes: see `noise`
+
+    @classmethod
+    def children(cls, path: Trajectory, n: int, until: Until, sampling: Sampling, room: int) -> Request:
+        """Child i is drawn with `derive(path.seed, i)`, in any engine."""
+        codes = ()
+        if sampling.arithmetic and sampling.temperature > 0:
+            shift = random.Random(derive(path.seed, "codes")).random()
+            codes = tuple((i / n + shift) % 1 for i in range(n))
+        return cls(path.ids, tuple(derive(path.seed, i) for i in range(n)), room, until, sampling, codes)
 
     @property
     def most(self) -> int:

@@ -23,11 +23,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import EngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from rollouts.noise import Noise, draw
 from rollouts.request import Placement, Reply, Request
 from search.base import Alternative, Sampling, Step
 
@@ -51,8 +54,6 @@ class VLLMEngine:
                 kv_cache_memory_bytes=int(placement.kv_cache_gib * 2**30) if on_cpu else None,
                 block_size=KV_BLOCK if on_cpu else None,
                 enforce_eager=on_cpu,
-                # A prompt cut into chunks makes vLLM rewind the request's generator, which the CPU's cannot: it dies.
-                enable_chunked_prefill=False if on_cpu else None,
                 max_num_batched_tokens=max(8192, placement.max_model_len) if on_cpu else None,
                 # vLLM 0.32's CPU rotary op is wrong for the 3-D tensors of MLA (log-probabilities off by 2.5 nats).
                 compilation_config={"custom_ops": ["all", "-rotary_embedding"]} if on_cpu else {},
@@ -70,6 +71,10 @@ class VLLMEngine:
         self._names = map(str, itertools.count())
         self._rows: dict[str, _Row] = {}  # by vLLM's name for them
         self._inbox: list[_Job] = []
+        self._own_noise = False
+        self._broken: Exception | None = None
+        if on_cpu:
+            self._draw_by_own_noise()
         self._thread = ThreadPoolExecutor(1, "vllm")
         self._worker: asyncio.Task[None] | None = None
         self._gate = asyncio.Lock()  # held for one step, and from the start of an update to its end
@@ -85,6 +90,8 @@ class VLLMEngine:
         An empty list says that the engine still works. Requests of one call enter the same step: when the engine was
         idle, the composition of every batch, and with it every rounding error, depends on the requests alone.
         """
+        if self._broken is not None:
+            raise RuntimeError(f"this engine broke before: {self._broken}") from self._broken
         done: asyncio.Queue[_Job | Exception] = asyncio.Queue()
         self._inbox += [_Job(index, request, done) for index, request in enumerate(requests)]
         if self._worker is None or self._worker.done():
@@ -115,10 +122,11 @@ class VLLMEngine:
                 for job in complete:
                     job.done.put_nowait(job)
         except Exception as error:
+            self._broken = error
             waiting = {id(row.job): row.job for row in self._rows.values()}
-            for job in [*jobs, *waiting.values()]:
+            for job in {id(job): job for job in [*jobs, *waiting.values(), *self._inbox]}.values():
                 job.done.put_nowait(error)
-            raise
+            self._inbox, self._rows = [], {}
 
     def _turn(self, jobs: list[_Job]) -> list[_Job]:
         """One step of the engine, with new jobs in it. Returns the jobs that it completed."""
@@ -143,14 +151,35 @@ class VLLMEngine:
 
     def _admit(self, job: _Job) -> None:
         params = self._params(job.request.sampling, job.request.until.kind)
-        for seed in job.request.seeds:
+        codes = job.request.codes or [None] * len(job.request.seeds)
+        for seed, code in zip(job.request.seeds, codes, strict=True):
             name = next(self._names)
             own = params.clone()
-            own.seed, own.max_tokens = seed, job.request.most
+            own.max_tokens = job.request.most
+            own.seed = None if self._own_noise else seed
             ids = list(job.request.ids)
             self._core.add_request(EngineCoreRequest(name, ids, None, own, None, time.time(), None, None, None))
-            job.rows.append(_Row(job))
+            job.rows.append(_Row(job, Noise(seed, code)))
             self._rows[name] = job.rows[-1]
+
+    def _draw_by_own_noise(self) -> None:
+        """Put our draw where vLLM's is.
+
+        vLLM keeps a torch.Generator per seeded request, draws a number per row one by one, and rewinds a generator
+        when a prompt is cut into chunks, which those of the CPU cannot do: the engine dies.
+        """
+        runner = self._core.engine_core.model_executor.driver_worker.worker.model_runner
+        sampler = runner.sampler.topk_topp_sampler
+
+        def draw_rows(logits_BV, generators, k, p):
+            law_BV = apply_top_k_top_p(logits_BV, k, p).log_softmax(-1, dtype=torch.float32)
+            discarded = runner.discard_request_mask.np  # rows of which only a chunk of the prompt was read
+            names = runner.input_batch.req_ids[: len(law_BV)]
+            rows = [None if discarded[i] else self._rows.get(name) for i, name in enumerate(names)]
+            return draw(law_BV, [row and row.noise for row in rows]), law_BV
+
+        sampler.forward = draw_rows
+        self._own_noise = True
 
     @lru_cache(maxsize=64)  # noqa: B019 (one engine per process)
     def _params(self, sampling: Sampling, kind: str) -> SamplingParams:
@@ -162,7 +191,7 @@ class VLLMEngine:
             stop_token_ids=sorted(self._spelling.stops | enders),
             ignore_eos=True,  # the stops say it
             detokenize=False,
-            logprobs=sampling.top,  # 0: the sampled token's alone
+            logprobs=min(sampling.top, self._llm.model_config.get_vocab_size()),  # 0: the sampled token's alone
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # `clone` is a shallow copy
         )
@@ -218,6 +247,7 @@ class _Row:
     """One continuation while it is sampled."""
 
     job: _Job
+    noise: Noise
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[Alternative, ...]] = field(default_factory=list)

@@ -41,7 +41,6 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("name='a/b'", ["name", "folder"]),
         ("sampling.top_p=1.5", ["sampling.top_p", "(0, 1]"]),
         ("sampling.temperature=2.5", ["sampling.temperature", "at most 2"]),
-        ("sampling.top=5", ["sampling.top = 5", "engine.kind = 'vllm'"]),
         ("search.kind='best_of'", ["search", "score"]),
         ("score.kind='proces'", ["score.kind", "Did you mean process?"]),
         ("score.kind='self'", ["score", "write", "engine.kind = 'local'"]),
@@ -60,6 +59,12 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
 def test_a_mistake_is_named_with_its_remedy(override, names):
     message = refused(override)
     assert all(name in message for name in names), message
+
+
+def test_arithmetic_codes_are_refused_where_vllm_draws_by_its_own_noise():
+    assert load(QUICKSTART, ["sampling.arithmetic=true"]).sampling.arithmetic
+    message = refused("sampling.arithmetic=true", "engine.gpus=1")
+    assert all(part in message for part in ("sampling.arithmetic", "engine.gpus = 1", "leave it out"))
 
 
 def test_a_file_that_is_missing_or_broken_is_named(tmp_path):

@@ -100,30 +100,3 @@ def test_served_searches_without_replacement_and_by_beam_are_exact(tmp_path):
     got = estimate(paths, answer=chain.answer, method="gumbel", normalise=True)
     masses, _ = chain.marginals()
     assert got.answer == max(masses, key=masses.get) and got.mass == pytest.approx(masses[got.answer], abs=0.05)
-
-
-@pytest.mark.slow
-def test_vllm_serves_the_chain_as_dynamic_programming_has_it(tmp_path):
-    pytest.importorskip("vllm")
-    from rollouts.cluster import Engines, cluster
-    from rollouts.request import Placement
-
-    write_checkpoint(CHAIN, tmp_path)
-    probability = dict(CHAIN.paths())
-    with cluster("local"):
-        placement = Placement(max_model_len=64, kv_cache_gib=0.1)
-        served = Engines.start(tmp_path, placement, Sampling(max_tokens=12), seed=1)
-        try:
-            outcome = asyncio.run(explore(Sample(n=400), CHAIN.root(1), served))
-        finally:
-            served.stop()
-    paths = outcome.paths
-    for path in paths:
-        assert path.end == "stop" and path.ids[-1] == CHAIN.end
-        assert path.logprob == pytest.approx(probability[path.ids[1:]], abs=1e-4)
-    assert outcome.tree.ledger.generated == sum(path.sampled_tokens for path in paths)
-    for method in ("vote", "horvitz_thompson"):
-        got = estimate(paths, equal=same_number, answer=CHAIN.answer, method=method)
-        assert same_number(got.answer, "18")
-        assert abs(got.mass - 0.5893) < 4 * (got.interval[1] - got.interval[0]) / (2 * 1.96)
-        assert sorted(len(path.ids) for path in got.support) and len(got.support) == len({p.ids for p in got.support})
