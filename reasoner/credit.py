@@ -74,7 +74,7 @@ class GRPO:
             return []
         mean = statistics.fmean(scores)
         scale = statistics.pstdev(scores) if self.scale_by_std else 1.0
-        return [spread(r.trajectory, (s - mean) / scale) for r, s in zip(judged, scores, strict=True)]
+        return _even(judged, [(s - mean) / scale for s in scores])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class RLOO:
         if len(set(scores)) < 2:
             return []
         total, others = math.fsum(scores), len(scores) - 1
-        return [spread(r.trajectory, s - (total - s) / others) for r, s in zip(judged, scores, strict=True)]
+        return _even(judged, [s - (total - s) / others for s in scores])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class ReinforcePP:
         if self.group_baseline:
             return GRPO()(group)
         judged, scores = _judged(group)
-        return [spread(r.trajectory, s) for r, s in zip(judged, scores, strict=True)]
+        return _even(judged, scores)
 
     def over_batch(self, samples: list[Sample]) -> list[Sample]:
         taught = [a for s in samples for a, learned in zip(s.advantages, s.loss_mask, strict=True) if learned]
@@ -136,7 +136,7 @@ class MaxRL:
         if len(set(scores)) < 2:
             return []
         mean = statistics.fmean(scores)
-        return [spread(r.trajectory, (s - mean) / mean) for r, s in zip(judged, scores, strict=True)]
+        return _even(judged, [(s - mean) / mean for s in scores])
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +303,15 @@ CREDITS: dict[str, type[Credit]] = {
 
 def _judged(group: Group) -> tuple[list[Rollout], list[float]]:
     """The rollouts that can teach, and what each earned. Those the verifier could not judge are left out, never 0."""
-    judged = [r for r in group.scored if r.trajectory.sampled_tokens]
+    judged = [r for r in group.scored if any(path.sampled_tokens for path in r.contexts)]
     scores = [r.verdict.score for r in judged]
     return judged, scores
+
+
+def _even(judged: Sequence[Rollout], advantages: Sequence[float]) -> list[Sample]:
+    """Every sampled token of a rollout, in all its contexts, with the rollout's advantage."""
+    pairs = zip(judged, advantages, strict=True)
+    return [spread(path, a) for r, a in pairs for path in r.contexts if path.sampled_tokens]
 
 
 def spread(path: Trajectory, advantage: float | Sequence[float]) -> Sample:

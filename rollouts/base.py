@@ -18,6 +18,12 @@ class Rollout:
     task: Task
     trajectory: Trajectory
     verdict: Verdict
+    earlier: tuple[Trajectory, ...] = ()  # contexts of the same episode that were left for a fresh one, oldest first
+
+    @property
+    def contexts(self) -> tuple[Trajectory, ...]:
+        """Every path whose tokens the policy sampled for this verdict; one, unless an episode was compacted."""
+        return (*self.earlier, self.trajectory)
 
 
 @dataclass(frozen=True, slots=True)

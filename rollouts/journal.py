@@ -64,7 +64,11 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _row(rollout: Rollout) -> dict[str, Any]:
-    path = rollout.trajectory
+    row = {**_path_row(rollout.trajectory), "verdict": asdict(rollout.verdict)}
+    return row | {"earlier": [_path_row(path) for path in rollout.earlier]} if rollout.earlier else row
+
+
+def _path_row(path: Trajectory) -> dict[str, Any]:
     return {
         "prompt_ids": path.prompt,
         "steps": [
@@ -81,11 +85,15 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         "seed": path.seed,
         "value": path.value,
         "log_weight": path.log_weight,
-        "verdict": asdict(rollout.verdict),
     }
 
 
 def _rollout(task: Task, row: dict[str, Any]) -> Rollout:
+    verdict = Verdict(**{**row["verdict"], "steps": tuple(row["verdict"]["steps"])})
+    return Rollout(task, _path(row), verdict, tuple(map(_path, row.get("earlier", ()))))
+
+
+def _path(row: dict[str, Any]) -> Trajectory:
     steps = tuple(
         Step(
             ids=tuple(s["ids"]),
@@ -96,7 +104,7 @@ def _rollout(task: Task, row: dict[str, Any]) -> Rollout:
         )
         for s in row["steps"]
     )
-    path = Trajectory(
+    return Trajectory(
         tuple(row["prompt_ids"]),
         steps,
         end=row["end"],
@@ -104,4 +112,3 @@ def _rollout(task: Task, row: dict[str, Any]) -> Rollout:
         value=row["value"],
         log_weight=row["log_weight"],
     )
-    return Rollout(task, path, Verdict(**{**row["verdict"], "steps": tuple(row["verdict"]["steps"])}))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rollouts.base import Group, Rollout
+from rollouts.episode import Episode
 from rollouts.score import Guide, read_by
 from search.base import Engine, Search, Trajectory, derive
 from search.tree import Tree, explore
@@ -21,10 +23,10 @@ from verifiers.base import Task
 
 @dataclass(frozen=True)
 class Searched:
-    """The judged paths of one task, and the tree that they were found in."""
+    """The judged paths of one task, and the tree that they were found in (an episode has none)."""
 
     group: Group
-    tree: Tree
+    tree: Tree | None
 
 
 def encode(tokenizer: Any, task: Task) -> tuple[int, ...]:
@@ -35,7 +37,7 @@ def encode(tokenizer: Any, task: Task) -> tuple[int, ...]:
 
 async def roll_out(
     tasks: Sequence[Task],
-    search: Search,
+    search: Search | Episode,
     engine: Engine,
     pool: Pool,
     tokenizer: Any,
@@ -50,7 +52,7 @@ async def roll_out(
 
 async def search_tasks(
     tasks: Sequence[Task],
-    search: Search,
+    search: Search | Episode,
     engine: Engine,
     pool: Pool,
     tokenizer: Any,
@@ -69,6 +71,9 @@ async def search_tasks(
 
     async def one(task: Task) -> Searched:
         root = Trajectory(encode(tokenizer, task), seed=derive(seed, task.id))
+        if isinstance(search, Episode):
+            rollouts = await search.play(task, root, engine, pool, partial(encode, tokenizer))
+            return Searched(Group(task, tuple(rollouts)), None)
         bound = search if guide is None else read_by(search, task.verifier, guide.pool)
         found = await explore(bound, root, engine, None if guide is None else guide.score_of(task))
         verdicts = await pool.verify(task, [path.text for path in found.paths])

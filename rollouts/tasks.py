@@ -64,7 +64,7 @@ class ReasoningGym:
         seen: set[str] = set()
         heldout = self._distinct("heldout", self.heldout, seen)  # first, so that `train` never changes it
         train = self._distinct("train", self.train, seen)
-        return _apart(train, heldout)
+        return apart(train, heldout)
 
     def _distinct(self, split: str, wanted: int, seen: set[str]) -> list[Task]:
         tasks: list[Task] = []
@@ -94,7 +94,7 @@ class ReasoningGym:
     def _task(self, entry: Mapping[str, Any], name: str) -> Task:
         meta = entry.get("metadata", {})
         fields = {k: v for k, v in meta.items() if not any(word in k for word in SECRETS)}
-        prompt = _messages(self.prompt, {**fields, "question": entry["question"]}, self.dataset)
+        prompt = messages(self.prompt, {**fields, "question": entry["question"]}, self.dataset)
         own = self.verifier == "reasoning_gym"
         reference = {"dataset": self.dataset, "entry": entry} if own else entry["answer"]
         return Task(name, prompt, reference, self.verifier, meta)
@@ -131,10 +131,10 @@ class Jsonl:
     def load(self) -> Split:
         tasks = self._tasks(self.path)
         if self.heldout_path:
-            return _apart(tasks, self._tasks(self.heldout_path))
+            return apart(tasks, self._tasks(self.heldout_path))
         held = {t.question for t in tasks if derive(self.seed, t.question) < self.heldout * 2**63}
         train = [t for t in tasks if t.question not in held]
-        return _apart(train, [t for t in tasks if t.question in held])
+        return apart(train, [t for t in tasks if t.question in held])
 
     def _tasks(self, path: str) -> list[Task]:
         return _tasks(_lines(Path(path)), self.prompt, self.reference, self.id, self.verifier, Path(path).stem)
@@ -157,7 +157,7 @@ class Datasets:
     verifier: str = "math"
 
     def load(self) -> Split:
-        return _apart(self._tasks(self.train_split), self._tasks(self.heldout_split))
+        return apart(self._tasks(self.train_split), self._tasks(self.heldout_split))
 
     def _tasks(self, split: str) -> list[Task]:
         rows = ((str(i), row) for i, row in enumerate(_dataset(self.name, self.subset, split)))
@@ -167,7 +167,7 @@ class Datasets:
 SOURCES: dict[str, type[Source]] = {"reasoning_gym": ReasoningGym, "jsonl": Jsonl, "datasets": Datasets}
 
 
-def _apart(train: list[Task], heldout: list[Task]) -> Split:
+def apart(train: list[Task], heldout: list[Task]) -> Split:
     """The split itself, after refusing an empty side, equal ids, and a held-out question that occurs in training."""
     for side, tasks in (("training", train), ("held-out", heldout)):
         if not tasks:
@@ -195,7 +195,7 @@ def _tasks(rows: Iterable[Row], prompt: str, reference: str, id: str, verifier: 
         key = str(_take(row, id, where)) if id else place
         fields = {k: v for k, v in row.items() if k != reference}
         answer = _take(row, reference, where)
-        tasks.append(Task(f"{name}/{key}", _messages(prompt, fields, where), answer, verifier, fields))
+        tasks.append(Task(f"{name}/{key}", messages(prompt, fields, where), answer, verifier, fields))
     return tasks
 
 
@@ -205,7 +205,7 @@ def _take(row: Mapping[str, Any], key: str, where: str) -> Any:
     return row[key]
 
 
-def _messages(template: str, fields: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+def messages(template: str, fields: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:

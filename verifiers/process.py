@@ -154,7 +154,7 @@ def findings(text: str, *, delimiter: str = "\n") -> tuple[bool | None, ...]:
     steps = text.split(delimiter)
     if steps and not steps[-1]:
         steps.pop()
-    return tuple(_holds(step) if "=" in step else None for step in steps)
+    return tuple(verified(step) if "=" in step else None for step in steps)
 
 
 def first_wrong(scores: tuple[float, ...]) -> int | None:
@@ -162,7 +162,8 @@ def first_wrong(scores: tuple[float, ...]) -> int | None:
     return next((i for i, score in enumerate(scores) if score == 0.0), None)
 
 
-def _holds(step: str) -> bool | None:
+def verified(step: str) -> bool | None:
+    """True when a text states equalities between numbers and those found hold, False when one does not, else None."""
     numbers.begin()
     shown = None
     try:
