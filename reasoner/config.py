@@ -19,6 +19,8 @@ from typing import Any
 
 from reasoner.base_model import BASES, Base, Warmup
 from reasoner.credit import CREDITS, GRPO, Credit, Process, ReinforcePP
+from rollouts.environment import INTERACTIVE
+from rollouts.episode import POLICIES, Episode
 from rollouts.request import Placement
 from rollouts.score import SCORES, ScoreKind
 from rollouts.tasks import SOURCES, ReasoningGym, Source
@@ -81,9 +83,9 @@ LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TR
 BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
-    Source: ("reasoning_gym", SOURCES),
+    Source: ("reasoning_gym", {**SOURCES, **INTERACTIVE}),
     Base: ("warmup", BASES),
-    Search: ("sample", SEARCHES),
+    Search: ("sample", {**SEARCHES, **POLICIES}),
     ScoreKind: ("process", SCORES),
     Credit: ("grpo", CREDITS),
 }
@@ -268,6 +270,13 @@ def _cross_check(run: Run) -> None:
                 f"{engine.gpus:g}: it offers no such thing, use engine.kind = 'local' or leave it out"
             )
     check_search(run.search, run.score, Offered(sampling, engine.offers))
+    if type(run.tasks) in INTERACTIVE.values() and not isinstance(run.search, Episode):
+        raise ConfigError("the tasks answer back and the search does not listen: set search.kind = 'episode'")
+    if isinstance(run.search, Episode) and run.search.context > engine.max_model_len:
+        raise ConfigError(
+            f"search.context = {run.search.context} exceeds engine.max_model_len = {engine.max_model_len}: lower it or "
+            "raise max_model_len"
+        )
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "

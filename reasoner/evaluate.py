@@ -8,11 +8,12 @@ exact but for the marginal, which averages seeded subsets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reasoner.config import Evaluation
 from rollouts.base import Group
+from rollouts.episode import Episode
 from rollouts.roll_out import roll_out
 from search.base import Engine, derive
 from search.marginal import at_k
@@ -33,12 +34,24 @@ class Judged:
 
 
 async def evaluate(
-    tasks: Sequence[Task], engine: Engine, pool: Pool, tokenizer: Any, settings: Evaluation, *, seed: int
+    tasks: Sequence[Task],
+    engine: Engine,
+    pool: Pool,
+    tokenizer: Any,
+    settings: Evaluation,
+    *,
+    seed: int,
+    episode: Episode | None = None,
 ) -> list[Judged]:
-    """Roll out every task greedily and n times at temperature 1, the law whose marginal is reported."""
+    """Roll out every task greedily and n times at temperature 1, the law whose marginal is reported.
+
+    Args:
+        episode: how tasks that answer back are played; None samples.
+    """
     options = {"pool": pool, "tokenizer": tokenizer, "seed": derive(seed, "evaluate"), "guide": None}  # no answer key
-    greedy = await roll_out(tasks, Sample(n=1), engine.at(temperature=0.0), **options)
-    sampled = await roll_out(tasks, Sample(n=settings.n), engine.at(temperature=1.0, top_p=1.0), **options)
+    ways = [replace(episode, n=n) if episode else Sample(n=n) for n in (1, settings.n)]
+    greedy = await roll_out(tasks, ways[0], engine.at(temperature=0.0), **options)
+    sampled = await roll_out(tasks, ways[1], engine.at(temperature=1.0, top_p=1.0), **options)
     return [Judged(g, s) for g, s in zip(greedy, sampled, strict=True)]
 
 

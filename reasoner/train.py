@@ -24,6 +24,7 @@ from reasoner.credit import assign
 from reasoner.evaluate import evaluate, table
 from reasoner.progress import Clock, PeakMemory, Screen
 from rollouts.base import Group
+from rollouts.episode import Episode
 from rollouts.journal import Journal
 from rollouts.roll_out import encode, roll_out
 from rollouts.score import WithKey
@@ -208,9 +209,8 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
 
     with stage.clock.phase("eval"):
         settings = stage.run.evaluate
-        judged = stage.runner.run(
-            evaluate(tasks, stage.engine, stage.pool, stage.tokenizer, settings, seed=stage.run.seed)
-        )
+        ways = {"episode": stage.run.search if isinstance(stage.run.search, Episode) else None, "seed": stage.run.seed}
+        judged = stage.runner.run(evaluate(tasks, stage.engine, stage.pool, stage.tokenizer, settings, **ways))
         with Journal(stage.folder / f"evaluation-{name}.jsonl") as journal:
             for each in judged:
                 for group in (each.greedy, each.sampled):

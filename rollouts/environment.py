@@ -69,7 +69,9 @@ class Gymnasium:
         words = re.findall(r"[\w-]+", line)
         named = [(words.index(name.lower()), i) for i, name in enumerate(self._actions) if name.lower() in words]
         if not named:
-            return Observation(f"{line[:40]!r} is no action: end with one of {', '.join(self._actions)}", score=self.score)
+            return Observation(
+                f"{line[:40]!r} is no action: end with one of {', '.join(self._actions)}", score=self.score
+            )
         seen, reward, ended, cut, _ = self._env.step(max(named)[1])
         self._return += float(reward)
         return Observation(self._text(seen), bool(ended or cut), self.score)
@@ -214,7 +216,9 @@ class GymnasiumTasks:
     def _require_names(self, world: Gymnasium) -> None:
         space = world._env.action_space
         if getattr(space, "n", None) != len(self.actions):
-            raise ValueError(f"{self.id} has the actions {space}, actions={list(self.actions)} names {len(self.actions)}")
+            raise ValueError(
+                f"{self.id} has {space}, actions = {list(self.actions)} names {len(self.actions)}: name each"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Plays a task that answers back: perceive, plan, act, reflect.
 
-A rollout policy beside the searches: it needs an environment and a tokenizer, so it lives here and not in `search`. What
-the environment says enters the path as a step that was not sampled, so it is never trained on. Neighbours:
+A rollout policy beside the searches: it needs an environment and a tokenizer, so it lives here and not in `search`.
+What the environment says enters the path as a step that was not sampled, so it is never trained on. Neighbours:
 `environment` holds the worlds, `roll_out` plays many episodes at once.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from rollouts.base import Rollout
@@ -27,10 +28,10 @@ class Episode:
     """`n` episodes of a task, each of at most `turns` messages.
 
     A message is planned (one line after `plan`), then sampled to its end after `act` and given to the environment; its
-    reply is read in the next turn, which begins with a line after `reflect`: a finding. A finding is kept only when a verifier says it
-    is right: `verifier` by name (it sees the task without its reference), else arithmetic that states an equality and
-    holds. When the next message might not fit into `context` tokens, the episode goes on in a new context: the task,
-    the findings kept, and the last reply. plan, act or reflect = "" leaves that line out.
+    reply is read in the next turn, which begins with a line after `reflect`: a finding. A finding is kept only when a
+    verifier says it is right: `verifier` by name (it sees the task without its reference), else arithmetic that states
+    an equality and holds. When the next message might not fit into `context` tokens, the episode goes on in a new
+    context: the task, the findings kept, and the last reply. plan, act or reflect = "" leaves that line out.
     """
 
     n: int = 8
@@ -82,13 +83,13 @@ class _Play:
         world: Environment | None = None
         message, seen, turn = "", Observation("", score=None), 0
         try:
-            world = await self._ask(lambda: open_world(self.task, self.policy.tool))
+            world = await self._ask(partial(open_world, self.task, self.policy.tool))
             await self._ask(world.reset)
             for turn in range(1, self.policy.turns + 1):
                 message = await self._act()
                 if self.path.end == "length":
                     break
-                seen = await self._ask(lambda: world.step(message))
+                seen = await self._ask(partial(world.step, message))
                 if seen.done or turn == self.policy.turns:
                     break
                 await self._perceive(seen.text)

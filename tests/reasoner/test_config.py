@@ -129,3 +129,10 @@ def test_policies_reach_the_verifiers_that_judge_rollouts():
     with Pool(1, policies=dict(load(QUICKSTART).policies)) as pool:
         verdicts = asyncio.run(pool.verify(task, ["Answer: 7", "Answer: 3+4", "Answer: 3 + 4 = 7"]))
     assert [v.correct for v in verdicts][:2] == [True, False]
+
+
+def test_tasks_that_answer_back_want_a_search_that_listens():
+    puzzle = ("tasks={kind='puzzle', dataset='chain_sum'}", "engine.kind='local'")
+    assert "search.kind = 'episode'" in refused(*puzzle)
+    assert "search.context = 1024 exceeds engine.max_model_len = 128" in refused(*puzzle, "search={kind='episode'}")
+    assert load(QUICKSTART, [*puzzle, "search={kind='episode', context=128}"]).search.context == 128

@@ -206,7 +206,8 @@ def test_a_task_without_a_world_names_the_remedy(pool):
 def test_a_puzzle_tells_the_score_and_never_the_answer(pool):
     train, heldout = PuzzleTasks("chain_sum", {"max_terms": 2}, tries=2, train=4, heldout=2).load()
     key = train[0].reference["entry"]["answer"]
-    rollout = play([train[0]], PLAIN, lambda text, child: key if "Tries left: 1" in text else "999999", pool)[0].rollouts[0]
+    group = play([train[0]], PLAIN, lambda text, child: key if "Tries left: 1" in text else "999999", pool)[0]
+    rollout = group.rollouts[0]
     assert rollout.verdict.correct and key not in rollout.trajectory.steps[1].text
     assert not {t.question for t in train} & {t.question for t in heldout}
 
