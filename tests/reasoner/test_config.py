@@ -43,7 +43,6 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("sampling.temperature=2.5", ["sampling.temperature", "at most 2"]),
         ("search.kind='best_of'", ["search", "score"]),
         ("score.kind='proces'", ["score.kind", "Did you mean process?"]),
-        ("score.kind='self'", ["score", "write", "engine.kind = 'local'"]),
         ("score.join='sum'", ["score", "join"]),
         ("engine.dtype='fp16'", ["engine.dtype", "float16"]),
         ("verify_timeout=0.0", ["verify_timeout"]),
