@@ -57,6 +57,10 @@ def assign(rule: Credit, groups: Sequence[Group], decode: Decode | None = None) 
     """
     if hasattr(rule, "decode"):
         rule = replace(rule, decode=decode)
+    if getattr(rule, "prm", ""):
+        from reasoner.prm import with_step_scores
+
+        groups = with_step_scores(groups, rule.prm, rule.delimiter, decode)
     samples = [sample for group in groups for sample in rule(group)]
     return rule.over_batch(samples) if hasattr(rule, "over_batch") else samples
 
@@ -201,7 +205,7 @@ class Process:
             return []
         before, samples = statistics.fmean(scores), []
         for rollout, score in zip(judged, scores, strict=True):
-            values = [before, *_lowest_so_far(_step_scores(rollout))[:-1], score]
+            values = [before, *lowest_so_far(_step_scores(rollout))[:-1], score]
             ends = step_ends(rollout.trajectory, self.delimiter, self.decode)
             if len(ends) != len(values) - 1:
                 raise ValueError(
@@ -214,13 +218,14 @@ class Process:
         return [s for s in samples if any(s.advantages)]
 
 
-def _lowest_so_far(scores: Sequence[float]) -> list[float]:
+def lowest_so_far(scores: Sequence[float]) -> list[float]:
+    """An error is not mended by what follows."""
     return list(accumulate(scores, min))
 
 
 def _step_scores(rollout: Rollout) -> tuple[float, ...]:
     steps, task = rollout.verdict.steps, rollout.task
-    if not steps:
+    if not steps and rollout.trajectory.text:
         raise ValueError(
             f"task {task.id}: verifier {task.verifier} gives no step scores and credit.kind = 'process' needs them: "
             "use tasks.verifier = 'process_math', or credit.prm = a process reward model"

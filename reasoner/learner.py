@@ -218,9 +218,18 @@ def supervise(
     folder: Path,
     balance_rate: float = 0.001,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    targets: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Next-token training on (token ids, loss mask) rows with TRL's SFTTrainer."""
-    labels = [[i if learned else -100 for i, learned in zip(ids, mask, strict=True)] for ids, mask in rows]
+    """Next-token training on (token ids, loss mask) rows with TRL's SFTTrainer.
+
+    targets: for each row, what is to be predicted at its places in place of its own tokens, which are still what the
+        model reads (a process judge says + or - where the next step begins).
+    """
+    wanted = targets if targets is not None else [ids for ids, _ in rows]
+    labels = [
+        [i if learned else -100 for i, learned in zip(said, mask, strict=True)]
+        for said, (_, mask) in zip(wanted, rows, strict=True)
+    ]
     data = Dataset.from_dict({"input_ids": [list(ids) for ids, _ in rows], "labels": labels})
     args = SFTConfig(
         output_dir=str(folder),

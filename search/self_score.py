@@ -21,6 +21,9 @@ class SelfScore:
     engine: of the same or another model; offers "write" and "top". All spellings of the one-token answers count
     ("Yes", " yes"); their words may be changed for a model whose tokenizer splits them.
 
+    A generative process reward model is a model trained to say + or - behind each step (`reasoner prm train`):
+    ask="", yes="+", no="-", turn=False.
+
     Example:
         await explore(Beam(), root, engine, SelfScore(engine))
     """
@@ -30,6 +33,7 @@ class SelfScore:
     yes: str = "yes"
     no: str = "no"
     top: int = 20
+    turn: bool = True  # ask as the user's next message; False: read the answer right behind the path and `ask`
 
     def __post_init__(self) -> None:
         missing = {"write", "top"} - set(getattr(self.engine, "offers", ()))
@@ -40,7 +44,7 @@ class SelfScore:
             )
 
     async def __call__(self, path: Trajectory) -> float:
-        asked = self.engine.write(path, self.ask, turn=True)
+        asked = self.engine.write(path, self.ask, turn=self.turn)
         engine = self.engine.at(temperature=0.0, top=self.top, max_tokens=asked.length + 1)
         (answered,) = await engine.extend(asked, until=TOKENS(1))
         listed = answered.steps[-1].top[0]

@@ -1,0 +1,255 @@
+"""Process reward models: how likely a solution is still right after each of its steps.
+
+Two kinds, each a checkpoint folder with a `prm.json` beside the weights:
+- generative: a causal language model that says + or - behind a step. One forward pass over a path judges all its steps,
+  for nothing is written between them; an engine serves it like any model, a step for one token (`as_score`).
+- implicit (Yuan et al. 2024, arXiv:2412.01981): beta x the log-ratio of an outcome-trained model to its reference.
+
+Knows no engine but through `search.SelfScore`. Neighbours: `step_labels.py` makes the rows it trains on;
+`credit.Process` turns its values into advantages.
+
+Shapes: B paths, L tokens (padded on the right), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from reasoner.credit import Decode, lowest_so_far
+from reasoner.model import load, save
+from reasoner.step_labels import Row, judged_at
+from rollouts.base import Group
+from search.base import Score
+
+ROWS = 128  # paths of one forward pass
+YES, NO = "+", "-"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands in prm.json."""
+
+    kind: str = "generative"  # | "implicit"
+    delimiter: str = "\n"  # ends a step
+    beta: float = 0.05  # implicit: how much a nat of log-ratio counts
+    reference: str = ""  # implicit: folder of the model that was trained
+
+
+@dataclass
+class Prm:
+    """A process reward model in memory.
+
+    Example:
+        prm = Prm.load(Path("runs/prm"))
+        prm.values([(ids, prompt, ends)])  # [[0.99, 0.98, 0.03]]
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    reference: Any = None
+    tokens: int = 0  # read so far: prompts and responses, each distinct path once per call
+
+    @classmethod
+    def load(cls, folder: Path) -> Prm:
+        from transformers import AutoTokenizer
+
+        if not (folder / "prm.json").is_file():
+            raise ValueError(f"{folder} has no prm.json: give a folder that `reasoner prm train` wrote")
+        settings = Settings(**json.loads((folder / "prm.json").read_text()))
+        reference = load(settings.reference, torch.float32) if settings.kind == "implicit" else None
+        return cls(load(folder, torch.float32), AutoTokenizer.from_pretrained(folder), settings, reference)
+
+    def save(self, folder: Path) -> None:
+        save(self.model, self.tokenizer, folder)
+        (folder / "prm.json").write_text(json.dumps(asdict(self.settings)) + "\n")
+
+    def values(self, paths: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> list[list[float]]:
+        """For each path (ids, length of its prompt, where its steps end): the value in (0, 1) after each step."""
+        distinct = sorted({(tuple(ids), prompt, tuple(ends)) for ids, prompt, ends in paths}, key=lambda p: len(p[0]))
+        found: dict[Any, list[float]] = {}
+        for start in range(0, len(distinct), ROWS):
+            batch = distinct[start : start + ROWS]
+            found |= dict(zip(batch, self._batch(batch), strict=True))
+            self.tokens += sum(ends[-1] for _, _, ends in batch)
+        return [found[tuple(ids), prompt, tuple(ends)] for ids, prompt, ends in paths]
+
+    @torch.inference_mode()
+    def _batch(self, batch: Sequence[tuple[tuple[int, ...], int, tuple[int, ...]]]) -> list[list[float]]:
+        ids_BL = pad_sequence([torch.tensor(ids[: ends[-1]]) for ids, _, ends in batch], batch_first=True)
+        lengths = torch.tensor([ends[-1] for _, _, ends in batch])
+        mask_BL = (torch.arange(ids_BL.shape[1]) < lengths[:, None]).long()
+        law_BLV = self._law(self.model, ids_BL, mask_BL)
+        if self.settings.kind == "generative":
+            plus, minus = signs(self.tokenizer)
+            value_BL = (law_BLV[..., plus] - law_BLV[..., minus]).sigmoid()
+        else:
+            gain_BL = self._said(law_BLV, ids_BL) - self._said(self._law(self.reference, ids_BL, mask_BL), ids_BL)
+            for row, (_, prompt, _) in zip(gain_BL, batch, strict=True):
+                row[:prompt] = 0.0  # the prompt was not the model's choice
+            value_BL = (self.settings.beta * gain_BL.cumsum(1)).sigmoid()
+        return [[row[end - 1].item() for end in ends] for row, (_, _, ends) in zip(value_BL, batch, strict=True)]
+
+    @staticmethod
+    def _law(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Log-probabilities of what follows each token."""
+        device = next(model.parameters()).device
+        out = model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), use_cache=False)
+        return out.logits.float().log_softmax(-1).cpu()
+
+    @staticmethod
+    def _said(law_BLV: Tensor, ids_BL: Tensor) -> Tensor:
+        """Log-probability of each token itself; 0 for the first."""
+        said = law_BLV[:, :-1].gather(-1, ids_BL[:, 1:, None])[..., 0]
+        return torch.nn.functional.pad(said, (1, 0))
+
+
+def signs(tokenizer: Any) -> tuple[int, int]:
+    """The tokens of + and -. Raises ValueError where they are not one token each."""
+    ids = [tokenizer.encode(word, add_special_tokens=False) for word in (YES, NO)]
+    if any(len(each) != 1 for each in ids):
+        raise ValueError(f"this tokenizer spells {YES!r} and {NO!r} as {ids}: a judge needs them as one token each")
+    return ids[0][0], ids[1][0]
+
+
+def train(
+    rows: Sequence[Row],
+    base: Path,
+    *,
+    steps: int = 400,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+    delimiter: str = "\n",
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Prm:
+    """A generative process reward model from labelled rows, starting from the checkpoint `base`.
+
+    Each step's label is drawn: + with the step's value as its probability, so that the expected loss is that of the
+    soft label. A step after the first wrong one is as wrong.
+    """
+    from transformers import AutoTokenizer
+
+    from reasoner.learner import supervise
+
+    model, tokenizer = load(base, torch.float32), AutoTokenizer.from_pretrained(base)
+    plus, minus = signs(tokenizer)
+    noise = torch.Generator().manual_seed(seed)
+    inputs, targets = [], []
+    distinct = {(tuple(r["ids"]), tuple(r["ends"]), tuple(r["values"])) for r in rows}
+    for ids, ends, values in sorted(distinct):
+        ids = [*ids[: ends[-1]], plus]  # what stands behind the last step is never read
+        mask, said = [False] * len(ids), [plus] * len(ids)
+        for end, value in zip(ends, lowest_so_far(values), strict=True):
+            mask[end] = True
+            said[end] = plus if torch.rand((), generator=noise) < value else minus
+        inputs.append((ids, mask))
+        targets.append(said)
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch)}
+        supervise(model, tokenizer, inputs, targets=targets, progress=progress, **options)
+    return Prm(model.eval(), tokenizer, Settings(delimiter=delimiter))
+
+
+def as_score(folder: Path, rows: int = 256) -> Score:
+    """A generative model as the score of a search, served by an engine in this process."""
+    from rollouts.local_engine import LocalEngine
+    from search.base import Sampling
+    from search.self_score import SelfScore
+
+    prm = Prm.load(folder)
+    if prm.settings.kind != "generative":
+        raise ValueError(f"{folder} is an implicit model, which no engine serves as a token: train a generative one")
+    engine = LocalEngine(prm.model, prm.tokenizer, Sampling(step=prm.settings.delimiter), rows=rows)
+    return SelfScore(engine, ask="", yes=YES, no=NO, turn=False)
+
+
+_loaded = lru_cache(maxsize=1)(Prm.load)
+
+
+def with_step_scores(groups: Sequence[Group], folder: str, delimiter: str, decode: Decode) -> list[Group]:
+    """The groups with the model's values as the step scores of the verdicts that were scored."""
+    prm = _loaded(Path(folder))
+    judged = [r.trajectory for group in groups for r in group.scored if r.trajectory.sampled_tokens]
+    values = iter(prm.values([(p.ids, len(p.prompt), judged_at(p, delimiter, decode)) for p in judged]))
+
+    def scored(rollout: Any) -> Any:
+        if rollout.verdict.status != "scored" or not rollout.trajectory.sampled_tokens:
+            return rollout
+        return replace(rollout, verdict=replace(rollout.verdict, steps=tuple(next(values))))
+
+    return [replace(group, rollouts=tuple(map(scored, group.rollouts))) for group in groups]
+
+
+def tokenised(row: Row, tokenizer: Any, delimiter: str) -> tuple[list[int], int, list[int]]:
+    """Token ids, length of the prompt and ends of the steps of a row; from its text where it has no ids."""
+    if "ids" in row:
+        return row["ids"], row["prompt"], row["ends"]
+    message = [{"role": "user", "content": row["problem"]}]
+    try:
+        ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+        prompt, ends = len(ids), []
+        for i, step in enumerate(row["steps"]):
+            last = i + 1 == len(row["steps"])
+            ids += tokenizer.encode(step + ("" if last else delimiter), add_special_tokens=False)
+            ends.append(len(ids))
+    except Exception as error:  # tokenizers raise Exception itself for what a vocabulary lacks
+        raise ValueError(f"problem {row['problem'][:60]!r}: the model's tokenizer cannot spell it ({error})") from None
+    return ids, prompt, ends
+
+
+def bench(rows: Sequence[Row], prm: Prm) -> dict[str, Any]:
+    """First-error accuracy in the form of ProcessBench (Zheng et al. 2024, arXiv:2412.06559), and calibration.
+
+    f1: the harmonic mean of the accuracies on wrong solutions (the first wrong step named exactly) and on right ones
+        (none named). The first wrong step is the first whose value is below 1/2.
+    ece: expected calibration error of the value against "no error yet" over the steps up to the first wrong one, in ten
+        bins of equal width.
+    """
+    values = prm.values([tokenised(row, prm.tokenizer, prm.settings.delimiter) for row in rows])
+    named = [next((i for i, v in enumerate(each) if v < 0.5), -1) for each in values]
+    hits = {True: [], False: []}  # by whether the solution is right
+    several = []
+    judged: list[tuple[float, bool]] = []
+    for row, name, each in zip(rows, named, values, strict=True):
+        label = row["label"]
+        hits[label == -1].append(name == label)
+        if label != -1 and len(each) > 1:
+            several.append(name == label)
+        judged += [(v, i != label) for i, v in enumerate(each) if label == -1 or i <= label]
+    right, wrong = _mean(hits[True]), _mean(hits[False])
+    return {
+        "f1": 2 * right * wrong / (right + wrong) if right and wrong else 0.0,
+        "accuracy_on_right": right,
+        "accuracy_on_wrong": wrong,
+        "accuracy_on_wrong_of_several_steps": _mean(several),
+        "right": len(hits[True]),
+        "wrong": len(hits[False]),
+        "wrong_of_several_steps": len(several),
+        "ece": ece(judged),
+        "steps_judged": len(judged),
+        "tokens_read": prm.tokens,
+    }
+
+
+def ece(judged: Sequence[tuple[float, bool]], bins: int = 10) -> float:
+    """Sum over bins of (share of the judgements) x |mean value - share that was right| (Guo et al. 2017)."""
+    sorted_in: dict[int, list[tuple[float, bool]]] = {}
+    for value, right in judged:
+        sorted_in.setdefault(min(int(value * bins), bins - 1), []).append((value, right))
+    gaps = [abs(sum(v for v, _ in each) - sum(right for _, right in each)) for each in sorted_in.values()]
+    return sum(gaps) / len(judged) if judged else float("nan")
+
+
+def _mean(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits) if hits else float("nan")
