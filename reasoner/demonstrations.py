@@ -55,7 +55,8 @@ def expression(task: Task) -> str:
             'set tasks.prompt = "{expression} =", or base.kind = "pretrained"'
         )
     found = task.meta.get("expression")
-    if not isinstance(found, str) or not re.fullmatch(r"-?\d+( [+-] -?\d+)*", found):
+    sum_of_digits = isinstance(found, str) and re.fullmatch(r"-?\d+( [+-] -?\d+)*", found)
+    if not sum_of_digits or not isinstance(task.reference, str):
         raise ValueError(f"task {task.id} is not a chain_sum: base.kind = 'warmup' knows no other, use 'pretrained'")
     return found
 
