@@ -267,7 +267,7 @@ def _cross_check(run: Run) -> None:
         if getattr(sampling, offer) and offer not in engine.offers:
             raise ConfigError(
                 f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r} and engine.gpus = "
-                f"{engine.gpus:g}: it offers no such thing, use engine.kind = 'local' or leave it out"
+                f"{engine.gpus:g}: it offers no such thing, use engine.kind = 'paged' or leave it out"
             )
     check_search(run.search, run.score, Offered(sampling, engine.offers))
     if type(run.tasks) in INTERACTIVE.values() and not isinstance(run.search, Episode):

@@ -272,6 +272,9 @@ def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[An
 
         yield LocalEngine(load(checkpoint, _dtype(run)), tokenizer, run.sampling, rows=run.engine.max_num_seqs)
         return
+    if run.engine.kind == "paged":
+        yield _paged(run, checkpoint, tokenizer)
+        return
     from rollouts.cluster import Engines, cluster
 
     with cluster(ray):
@@ -280,6 +283,21 @@ def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[An
             yield engines
         finally:
             engines.stop()
+
+
+def _paged(run: Run, checkpoint: Path, tokenizer: Any) -> Any:
+    from reasoner.model import load
+    from reasoner.paged_engine import paged_engine
+
+    model = load(checkpoint, _dtype(run)).to("cuda" if run.engine.gpus else "cpu")
+    return paged_engine(
+        model,
+        tokenizer,
+        run.sampling,
+        rows=run.engine.max_num_seqs,
+        context=run.engine.max_model_len,
+        cache_gib=run.engine.kv_cache_gib,
+    )
 
 
 def _dtype(run: Run) -> Any:

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rollouts.noise import Noise, draw
+from rollouts.noise import Noise
 from rollouts.request import Request
+from rollouts.row import Row, Words, draw_all, law, note_top
 from rollouts.writing import write
-from search.base import END, Alternative, Ending, Offer, Sampling, Step, Trajectory, Until
+from search.base import END, Offer, Sampling, Step, Trajectory, Until
 from search.tree import Ledger
 
 
@@ -40,6 +40,7 @@ class LocalEngine:
         tokenizer: its `decode` and `eos_token_id` are used; by `write` also `encode` and the chat template.
         version: of the weights that `model` has now.
         rows: sequences decoded at once.
+        decoder: another way to run the model; padded batches when None.
 
     Example:
         engine = LocalEngine(model, tokenizer, Sampling(max_tokens=64))
@@ -49,11 +50,19 @@ class LocalEngine:
     offers: frozenset[Offer] = frozenset({"logprobs", "top", "arithmetic", "write"})
 
     def __init__(
-        self, model: Any, tokenizer: Any, sampling: Sampling | None = None, *, version: int = 0, rows: int = 256
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling | None = None,
+        *,
+        version: int = 0,
+        rows: int = 256,
+        decoder: Decoder | None = None,
     ) -> None:
         self.sampling = sampling or Sampling()
-        self._context = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self._decoder = _Decoder(model.eval(), tokenizer, version, rows)  # shared by all that `at` makes
+        self._words = Words(model, tokenizer)
+        # shared by all that `at` makes
+        self._decoder = decoder or PaddedDecoder(model.eval(), self._words, version, rows)
 
     @property
     def version(self) -> int:
@@ -79,64 +88,64 @@ class LocalEngine:
 
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
-        return write(self._decoder.tokenizer, path, text, turn=turn)
+        return write(self._words.tokenizer, path, text, turn=turn)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """See `search.base.Engine`. The limit is `max_tokens` or what the model can still read, whichever is nearer."""
         if path.end is not None:
             raise ValueError(f"the path has ended (end={path.end!r}): extend only paths whose end is None")
-        if not 0 < len(path.prompt) < self._context:
-            raise ValueError(f"the prompt has {len(path.prompt)} tokens: give 1 to {self._context - 1} for this model")
-        room = min(self.sampling.max_tokens - path.length, self._context - len(path.ids))
+        if not 0 < len(path.prompt) < self._decoder.context:
+            raise ValueError(
+                f"the prompt has {len(path.prompt)} tokens: give 1 to {self._decoder.context - 1} for this model"
+            )
+        room = min(self.sampling.max_tokens - path.length, self._decoder.context - len(path.ids))
         request = Request.children(path, n, until, self.sampling, room)
         if room <= 0:  # the search wrote the rest, or `at` lowered the limit
             return [replace(path, end="length", seed=seed) for seed in request.seeds]
+        recorded = sum(len(step.experts) for step in path.steps)
         noises = map(Noise, request.seeds, request.codes or [None] * n)
-        rows = [_Row(request, seed, noise) for seed, noise in zip(request.seeds, noises, strict=True)]
+        rows = [Row(request, seed, noise, recorded) for seed, noise in zip(request.seeds, noises, strict=True)]
         await self._decoder.decode(rows)
         return [self._grown(path, row) for row in rows]
 
-    def _grown(self, path: Trajectory, row: _Row) -> Trajectory:
+    def _grown(self, path: Trajectory, row: Row) -> Trajectory:
         """The path with the row's tokens. A character cut in half is left to the step that completes it."""
-        whole = self._decoder.text([*path.ids[len(path.prompt) :], *row.ids])
+        whole = self._words.text([*path.ids[len(path.prompt) :], *row.ids])
         if row.end is None:
             whole = whole.rstrip("\ufffd")
-        text = whole[len(path.text) :] if whole.startswith(path.text) else self._decoder.text(row.ids)
+        text = whole[len(path.text) :] if whole.startswith(path.text) else self._words.text(row.ids)
         spans = _spans(row.versions)
-        step = Step(tuple(row.ids), tuple(row.logprobs), text, versions=spans, top=tuple(row.top), cached=row.cached)
+        rest = dict(top=tuple(row.top), cached=row.cached, experts=row.experts)
+        step = Step(tuple(row.ids), tuple(row.logprobs), text, versions=spans, **rest)
         return path.grow(step, end=row.end, seed=row.seed)
 
 
-@dataclass(eq=False)
-class _Row:
-    """One sequence while it is decoded."""
+class Decoder(Protocol):
+    """What turns rows into tokens: a model, its weights' version, and a way to batch."""
 
-    request: Request
-    seed: int
-    noise: Noise
-    cached: int = 0
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)  # of the weights, per token
-    top: list[tuple[Alternative, ...]] = field(default_factory=list)
-    end: Ending | None = None
+    version: int
+    ledger: Ledger
+    context: int  # tokens that a sequence can have
+
+    def load(self, tensors: Mapping[str, Tensor], version: int) -> None: ...
+
+    async def decode(self, rows: list[Row]) -> None:
+        """Returns when every row is complete."""
+        ...
 
 
-class _Decoder:
+class PaddedDecoder:
     """The model, the version of its weights, and the rows that wait for it."""
 
-    def __init__(self, model: Any, tokenizer: Any, version: int, rows: int) -> None:
+    def __init__(self, model: Any, words: Words, version: int, rows: int) -> None:
         self.version = version
         self.ledger = Ledger()
-        self._model, self.tokenizer = model, tokenizer
-        self._stops = _stops(model, tokenizer)
+        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self._model, self._words = model, words
         self._rows = rows
         self._lock = threading.Lock()  # held for one forward pass, or while weights are written
-        self._queue: list[tuple[_Row, asyncio.Future[None]]] = []
+        self._queue: list[tuple[Row, asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
-
-    def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self._model.state_dict().keys()
@@ -145,7 +154,7 @@ class _Decoder:
             self._model.load_state_dict(tensors)
             self.version = version
 
-    async def decode(self, rows: list[_Row]) -> None:
+    async def decode(self, rows: list[Row]) -> None:
         """Returns when every row is complete."""
         loop = asyncio.get_running_loop()
         asked = [(row, loop.create_future()) for row in rows]
@@ -168,16 +177,16 @@ class _Decoder:
                 future.set_exception(error) if error else future.set_result(None)
 
     @torch.inference_mode()
-    def _batch(self, rows: list[_Row]) -> None:
+    def _batch(self, rows: list[Row]) -> None:
         """Decode rows to their ends. A row that is complete leaves the batch."""
         if not rows:
             return
         logits_BV, mask_BT, version, cache = self._prefill(rows)
         while True:
-            law_BV = _law(logits_BV, [row.request.sampling for row in rows])
-            tokens_B = _draw(law_BV, rows)
+            law_BV = law(logits_BV, [row.request.sampling for row in rows])
+            tokens_B = draw_all(law_BV, rows)
             logprobs_B = law_BV.gather(1, tokens_B[:, None])[:, 0]
-            self._note_top(rows, law_BV, tokens_B.tolist())
+            note_top(rows, law_BV, tokens_B.tolist(), self._words)
             keep = self._append(rows, tokens_B.tolist(), logprobs_B.tolist(), version)
             if not keep:
                 return
@@ -187,7 +196,7 @@ class _Decoder:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             logits_BV, version, cache = self._forward(tokens_B[:, None], mask_BT, cache)
 
-    def _prefill(self, rows: list[_Row]) -> tuple[Tensor, Tensor, int, Any]:
+    def _prefill(self, rows: list[Row]) -> tuple[Tensor, Tensor, int, Any]:
         """Read each distinct prefix once and hand its cache to every row that begins with it."""
         prefixes = {ids: i for i, ids in enumerate(dict.fromkeys(row.request.ids for row in rows))}
         ids_PT, mask_PT = _left_padded(list(prefixes), self._model.device)
@@ -213,69 +222,12 @@ class _Decoder:
             )
             return out.logits[:, -1].float(), self.version, out.past_key_values
 
-    def _append(self, rows: list[_Row], tokens: list[int], logprobs: list[float], version: int) -> list[int]:
+    def _append(self, rows: list[Row], tokens: list[int], logprobs: list[float], version: int) -> list[int]:
         """Give each row its token. Returns the indices of the rows that go on."""
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            row.versions.append(version)
+            row.append(token, logprob, version)
         self.ledger += Ledger(generated=len(rows))
-        return [i for i, row in enumerate(rows) if not self._complete(row)]
-
-    def _note_top(self, rows: list[_Row], law_BV: Tensor, tokens: list[int]) -> None:
-        """Record the likeliest tokens for the rows that asked, the sampled one among them."""
-        most = max(row.request.sampling.top for row in rows)
-        if not most:
-            return
-        top_BK, ids_BK = law_BV.topk(min(most, law_BV.shape[1]))
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            wanted = row.request.sampling.top
-            pairs = list(zip(ids_BK[i, :wanted].tolist(), top_BK[i, :wanted].tolist(), strict=True))
-            if wanted and token not in ids_BK[i, :wanted]:
-                pairs.append((token, law_BV[i, token].item()))
-            row.top.append(
-                tuple(Alternative(t, lp, self.text([t]), t in self._stops) for t, lp in pairs if lp > -math.inf)
-            )
-
-    def _complete(self, row: _Row) -> bool:
-        """Whether the row's extension is done. Sets `end` when the answer is done, too."""
-        request = row.request
-        if row.ids[-1] in self._stops:
-            row.end = "stop"
-        elif len(row.ids) == request.room:
-            row.end = "length"
-        elif request.until.kind == "tokens":
-            return len(row.ids) == request.until.tokens
-        elif request.until.kind == "step":
-            tail = 4 * len(request.sampling.step) + 4  # a character is at most four tokens (its bytes)
-            return request.sampling.step in self.text(row.ids[-tail:])
-        return row.end is not None
-
-
-def _law(logits_BV: Tensor, sampling: list[Sampling]) -> Tensor:
-    """Log-probabilities that each row samples from; those at temperature 1 for a greedy row."""
-    heat_B = logits_BV.new_tensor([each.temperature or 1.0 for each in sampling])
-    law_BV = (logits_BV / heat_B[:, None]).log_softmax(-1)
-    cut_B = torch.tensor([each.top_p < 1 and each.temperature > 0 for each in sampling], device=law_BV.device)
-    if cut_B.any():
-        top_p_B = law_BV.new_tensor([each.top_p for each in sampling])
-        law_BV = torch.where(cut_B[:, None], _nucleus(law_BV, top_p_B), law_BV)
-    return law_BV
-
-
-def _draw(law_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """One token per row."""
-    drawn_B = draw(law_BV, [row.noise for row in rows])
-    greedy_B = torch.tensor([row.request.sampling.temperature == 0 for row in rows], device=law_BV.device)
-    return torch.where(greedy_B, law_BV.argmax(-1), drawn_B)
-
-
-def _nucleus(logprobs_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """Keep the fewest tokens that reach top_p together, and renormalise (Holtzman et al. 2020, arXiv:1904.09751)."""
-    sorted_BV, order_BV = logprobs_BV.sort(-1, descending=True)
-    before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
-    dropped_BV = torch.empty_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p_B[:, None])
-    return logprobs_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(-1)
+        return [i for i, row in enumerate(rows) if not row.complete(self._words)]
 
 
 def _left_padded(prefixes: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -284,13 +236,6 @@ def _left_padded(prefixes: list[tuple[int, ...]], device: torch.device) -> tuple
     ids_PT = torch.tensor([(0,) * (width - len(ids)) + ids for ids in prefixes], device=device)
     mask_PT = torch.tensor([(0,) * (width - len(ids)) + (1,) * len(ids) for ids in prefixes], device=device)
     return ids_PT, mask_PT
-
-
-def _stops(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's and those of the model's generation config (an id, a list, or none)."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def _spans(versions: list[int]) -> tuple[tuple[int, int, int], ...]:

@@ -16,18 +16,19 @@ from search.base import Offer, Sampling, Step, Trajectory, Until, derive
 class Placement:
     """Where engines live and what each may use: the `[engine]` table of a config."""
 
-    kind: Literal["vllm", "local"] = "vllm"  # local: transformers in this process, without Ray, for debugging
+    # In this process, without Ray: "paged" runs our own model on its kernels, "local" any transformers model.
+    kind: Literal["vllm", "paged", "local"] = "vllm"
     count: int = 1
     gpus: float = 0  # per engine; 0 runs vLLM on the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; the learner is always float32
     max_model_len: int = 1024  # tokens of prompt and response together
     max_num_seqs: int = 256
-    kv_cache_gib: float = 0.5  # on the CPU; a GPU engine sizes its own
+    kv_cache_gib: float = 0.5  # a vLLM engine on a GPU sizes its own
 
     @property
     def offers(self) -> frozenset[Offer]:
         """What such an engine gives a search. On a GPU vLLM draws by its own noise, which knows no arithmetic codes."""
-        own_noise = self.kind == "local" or not self.gpus
+        own_noise = self.kind != "vllm" or not self.gpus
         return frozenset({"logprobs", "top", "write"} | ({"arithmetic"} if own_noise else set()))
 
 

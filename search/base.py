@@ -41,6 +41,9 @@ class Step:
     versions: tuple[tuple[int, int, int], ...] = ()  # (policy version, start, end) spans over `ids`
     top: tuple[tuple[Alternative, ...], ...] = ()  # likeliest first, per position, when `Sampling.top` asks for them
     cached: int = 0  # tokens of the prefix whose KV the engine still had: what the ledger does not count as prefilled
+    # Experts that read the path, for router replay, int16 (tokens, layers, experts per token), where the engine records
+    # them: of the path's tokens up to the last of `ids`, which nothing has read, less those that earlier steps hold.
+    experts: bytes = b""
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.logprobs), f"{len(self.ids)} ids but {len(self.logprobs)} logprobs"

@@ -147,15 +147,19 @@ def latent_decode(
     q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float
 ) -> Tensor:
     """Absorbed MLA attention (DeepSeek-V2, arXiv:2405.04434) over each sequence's pages."""
-    queries, tokens = q_BSND.shape[1], table_BX.shape[1] * cache.shape[1]
-    rows_BLD = wide(cache[table_BX.clamp(0, cache.shape[0] - 1).long()]).flatten(1, 2)
+    (batch, queries, heads, width), tokens = q_BSND.shape, table_BX.shape[1] * cache.shape[1]
+    pages = table_BX.clamp(0, cache.shape[0] - 1).flatten()
+    rows_BLD = wide(cache.index_select(0, pages)).view(batch, tokens, width)
     place_L = torch.arange(tokens, device=cache.device)
+    behind = (place_L >= lengths_B[:, None]).flatten().nonzero()[:, 0]
+    rows_BLD.flatten(0, 1).index_fill_(0, behind, 0.0)  # what lies there may be anything
     limit_BS = lengths_B[:, None] - queries + 1 + torch.arange(queries, device=cache.device)
-    rows_BLD = torch.where((place_L < lengths_B[:, None])[..., None], rows_BLD, 0.0)  # what lies behind may be anything
-    scores_BSNL = torch.einsum("bsnd,bld->bsnl", wide(q_BSND), rows_BLD) * scale
-    scores_BSNL = scores_BSNL.masked_fill((place_L >= limit_BS[..., None])[:, :, None], -torch.inf)
-    p_BSNL = torch.where((limit_BS > 0)[:, :, None, None], scores_BSNL.softmax(-1), 0.0)
-    return torch.einsum("bsnl,bld->bsnd", p_BSNL, rows_BLD[..., :latent]).to(q_BSND.dtype)
+    seen_BQL = (place_L < limit_BS[..., None]).repeat_interleave(heads, dim=1)
+    q_BQD = wide(q_BSND).flatten(1, 2)
+    q, k, seen = (x[:, None] for x in (q_BQD, rows_BLD, seen_BQL))  # one head, which all queries share
+    out_BQD = F.scaled_dot_product_attention(q, k, k, seen, scale=scale)[:, 0]
+    out_BQD = torch.where(seen_BQL.any(-1, keepdim=True), out_BQD, 0.0)
+    return out_BQD[..., :latent].unflatten(1, (queries, heads)).to(q_BSND.dtype)
 
 
 def moe_experts(

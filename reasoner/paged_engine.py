@@ -1,0 +1,420 @@
+"""An engine in this process for our own model: continuous batching over the paged latent cache, on the kernels.
+
+Needs torch and transformers alone. Rows join and leave between two tokens; the children of one prefix share its full
+pages; what is given back is found again by whoever begins with the same tokens; where pages run out, the youngest row
+gives way and is read again later. On a GPU one decode step is one CUDA graph per batch size.
+Knows nothing of tasks, searches or learning. Neighbours: `rollouts.local_engine` is the front (extend, at, write) and
+the same for any other model; `paged_model` runs the model; `paged_books` says who has which page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reasoner import kernels
+from reasoner.kernels.dispatch import target_of
+from reasoner.model import ReasonerForCausalLM
+from reasoner.paged_books import Pages
+from reasoner.paged_model import PagedCache, decode, prefill
+from rollouts.local_engine import LocalEngine
+from rollouts.row import Row, Words, draw_all, law, note_top
+from search.base import Sampling
+from search.tree import Ledger
+
+PREFILL = 8192  # tokens of prompts read in one go, padding included
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+_log = logging.getLogger("reasoner.paged_engine")
+
+
+def paged_engine(
+    model: ReasonerForCausalLM,
+    tokenizer: Any,
+    sampling: Sampling | None = None,
+    *,
+    version: int = 0,
+    rows: int = 256,
+    context: int | None = None,
+    cache_gib: float = 0.5,
+    page: int = 16,
+    record: bool = False,
+) -> LocalEngine:
+    """The engine of `model`, which is then for it alone.
+
+    A token is drawn from nothing but the row's logits and its seed, so that a path is the same in any batch but for the
+    rounding of its logits: on the CPU by `rollouts.noise`, so that it is the same on every engine; on a GPU, where all
+    rows have one temperature and no top-p, alternatives or codes, by `kernels.sample`, which has a noise of its own.
+
+    Args:
+        rows: sequences decoded at once. context: tokens of prompt and response together; default: all the model reads.
+        cache_gib: size of the latent cache. Raises ValueError where it does not hold one sequence of `context`.
+        page: tokens of a page. Small ones share more, large ones need shorter tables.
+        record: put the experts that read each token into `Step.experts`.
+    """
+    if not isinstance(model, ReasonerForCausalLM):
+        raise ValueError(
+            f"the paged engine runs checkpoints of the deepseek_v3 format, not {type(model).__name__}: use kind 'local'"
+        )
+    words = Words(model, tokenizer)
+    decoder = PagedDecoder(
+        model.eval(), words, version=version, rows=rows, context=context, cache_gib=cache_gib, page=page, record=record
+    )
+    return LocalEngine(model, tokenizer, sampling, decoder=decoder)
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A row that is being decoded, and its pages."""
+
+    row: Row
+    done: asyncio.Future[None]
+    pages: list[int]
+    written: int = 0  # tokens whose latents are in the cache
+    pure: bool = True  # all of them under the weights of now
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (*self.row.request.ids, *self.row.ids)
+
+
+@dataclass(eq=False)
+class _Family:
+    """Seats that begin with the same tokens: the first one's are read, the others share or copy."""
+
+    ids: tuple[int, ...]
+    past: int  # tokens found in the cache
+    seats: list[_Seat] = field(default_factory=list)
+
+
+class PagedDecoder:
+    """The model, its cache, the rows in it and those that wait. One thread at a time runs `_drain`."""
+
+    def __init__(
+        self,
+        model: ReasonerForCausalLM,
+        words: Words,
+        *,
+        version: int,
+        rows: int,
+        context: int | None,
+        cache_gib: float,
+        page: int,
+        record: bool,
+    ) -> None:
+        self.version, self.ledger = version, Ledger()
+        self.context = min(context or 2**31, model.config.max_position_embeddings)
+        table = -(-self.context // page)
+        bytes_each = page * PagedCache.token_bytes(model)
+        count = int(cache_gib * 2**30) // bytes_each
+        if count < table:
+            raise ValueError(
+                f"a latent cache of {cache_gib} GiB holds {count * page} tokens, not one sequence of {self.context}: "
+                f"give at least {table * bytes_each / 2**30:.2g} GiB, or a shorter context"
+            )
+        count = min(count, rows * table)
+        self._model, self._words, self._rows, self._table = model, words, rows, table
+        self._pages, self._cache = Pages(count, page), PagedCache(model, count, page, record=record)
+        self._seats: list[_Seat] = []  # the oldest first
+        self._queue: deque[tuple[Row, asyncio.Future[None]]] = deque()
+        self._lock = threading.Lock()  # held for one token of every row, or while weights are written
+        self._worker: asyncio.Task[None] | None = None
+        self._graphs = _Graphs(model, self._cache, table) if model.device.type == "cuda" else None
+
+    def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        own = self._model.state_dict().keys()
+        assert own == tensors.keys(), f"load: these names are on one side only: {sorted(own ^ tensors.keys())[:5]}"
+        with self._lock:
+            self._model.load_state_dict(tensors)
+            self.version = version
+            self._pages.forget()
+            for seat in self._seats:
+                seat.pure = False
+
+    async def decode(self, rows: list[Row]) -> None:
+        """Returns when every row is complete."""
+        loop = asyncio.get_running_loop()
+        asked = [(row, loop.create_future()) for row in rows]
+        self._queue.extend(asked)
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._work(loop))
+        await asyncio.gather(*(future for _, future in asked))
+
+    async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._queue:
+            await asyncio.sleep(0)  # one turn of the loop: whoever is ready to ask joins the first prefill
+            try:
+                await asyncio.to_thread(self._drain, loop)
+            except BaseException as error:  # a mistake of ours: nobody may wait for ever
+                _settle([*(seat.done for seat in self._seats), *(done for _, done in self._queue)], error)
+                raise
+
+    @torch.inference_mode()
+    def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Decode until nobody waits. Rows that join meanwhile are let in between two tokens."""
+        while self._queue or self._seats:
+            with self._lock:
+                for run in (self._prefill, self._decode):
+                    complete, error = run()
+                    if complete:
+                        loop.call_soon_threadsafe(_settle, [seat.done for seat in complete], error)
+
+    # --- one turn
+
+    def _prefill(self) -> tuple[list[_Seat], Exception | None]:
+        """Read the prompts that fit and draw the first token of each. Returns seats that are done, or that failed."""
+        families = self._admit()
+        if not families:
+            return [], None
+        seats = [seat for family in families for seat in family.seats]
+        self._seats += seats
+        try:
+            logits_FV = prefill(
+                self._model,
+                self._cache,
+                [family.ids for family in families],
+                [family.seats[0].pages for family in families],
+                [family.past for family in families],
+            )
+            self._fork(families)
+            owner = [i for i, family in enumerate(families) for _ in family.seats]
+            return self._append(seats, logits_FV[owner]), None
+        except Exception as error:  # belongs to those who asked, not to this thread
+            return self._leave(seats, failed=True), error
+
+    def _decode(self) -> tuple[list[_Seat], Exception | None]:
+        """One more token for every row."""
+        self._leave([seat for seat in self._seats if seat.done.done()])  # cancelled
+        self._grow()
+        seats, size = list(self._seats), self._pages.size
+        if not seats:
+            return [], None
+        try:
+            written = [seat.written for seat in seats]
+            logits_BV = self._logits(
+                [seat.row.ids[-1] for seat in seats],
+                written,
+                [seat.pages[w // size] * size + w % size for seat, w in zip(seats, written, strict=True)],
+                [seat.pages for seat in seats],
+            )
+            for seat in seats:
+                seat.written += 1
+            return self._append(seats, logits_BV), None
+        except Exception as error:
+            return self._leave(seats, failed=True), error
+
+    def _logits(self, ids: list[int], written: list[int], slots: list[int], tables: list[list[int]]) -> Tensor:
+        width = self._table if self._graphs else max(map(len, tables))
+        table_BX = np.zeros((len(ids), width), dtype=np.int32)
+        for row, pages in zip(table_BX, tables, strict=True):
+            row[: len(pages)] = pages
+        given = (
+            torch.tensor(ids),
+            torch.tensor(written),
+            torch.tensor(slots),
+            torch.from_numpy(table_BX),
+            torch.tensor(written, dtype=torch.int32) + 1,
+        )
+        return self._graphs(*given) if self._graphs else decode(self._model, self._cache, *given)
+
+    def _append(self, seats: list[_Seat], logits_BV: Tensor) -> list[_Seat]:
+        """Draw a token for each seat. Returns the seats whose rows are complete, which have left."""
+        rows = [seat.row for seat in seats]
+        tokens, logprobs = draw(logits_BV, rows, self._words)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.append(token, logprob, self.version)
+        self.ledger += Ledger(generated=len(rows))
+        return self._leave([seat for seat in seats if seat.row.complete(self._words)])
+
+    # --- who sits where
+
+    def _admit(self) -> list[_Family]:
+        """Seats for those who wait, as many as rows, pages and one prefill take. Their pages are theirs already.
+
+        One page for every row is left alone, so that those who sit can go on for a while.
+        """
+        families: dict[tuple[int, ...], _Family] = {}
+        seated, size = len(self._seats), self._pages.size
+        longest = 0
+        while self._queue and seated < self._rows:
+            row, done = self._queue[0]
+            if done.done():  # cancelled
+                self._queue.popleft()
+                continue
+            ids = (*row.request.ids, *row.ids)
+            family, whole = families.get(ids), len(ids) // size
+            if family is None:
+                shared = self._pages.find(ids[:-1])  # the last token is read in any case: its logits are needed
+                longest = max(longest, len(ids))
+                fits = (len(families) + 1) * longest <= PREFILL or not families
+            else:
+                shared, fits = family.seats[0].pages[:whole], True
+            wanted = -(-len(ids) // size) - len(shared) + self._pages.idle(shared)
+            if not fits or self._pages.available < wanted + (seated + 1 if seated else 0):
+                break
+            self._queue.popleft()
+            for page in shared:
+                self._pages.share(page)
+            pages = shared + [self._pages.take() for _ in range(-(-len(ids) // size) - len(shared))]
+            cached = len(shared) * size if family is None else len(ids)
+            if not row.ids:  # not one that had to give way
+                row.cached = cached
+                self.ledger += Ledger(cached=cached)
+            if family is None:
+                family = families[ids] = _Family(ids, past=cached)
+                self.ledger += Ledger(prefilled=len(ids) - cached)
+            family.seats.append(_Seat(row, done, pages, written=len(ids)))
+            seated += 1
+        return list(families.values())
+
+    def _fork(self, families: list[_Family]) -> None:
+        """The page that is not full is each child's own: copy it. The full ones may be found from now on."""
+        sources, targets = [], []
+        for family in families:
+            first, *others = (seat.pages for seat in family.seats)
+            self._pages.remember(family.ids, first)
+            if len(family.ids) % self._pages.size:
+                sources += [first[-1]] * len(others)
+                targets += [pages[-1] for pages in others]
+        if targets:
+            self._cache.copy(sources, targets)
+
+    def _grow(self) -> None:
+        """A page for everybody whose last one is full. Where there is none, the youngest row gives way."""
+        for seat in list(self._seats):
+            if seat.written < len(seat.pages) * self._pages.size or seat not in self._seats:
+                continue
+            while not self._pages.available:
+                youngest = self._seats.pop()
+                self._give_back(youngest)
+                self._queue.appendleft((youngest.row, youngest.done))
+                if youngest is seat:
+                    break
+            else:
+                seat.pages.append(self._pages.take())
+
+    def _leave(self, seats: list[_Seat], *, failed: bool = False) -> list[_Seat]:
+        """The seats are empty from now on, and their pages free."""
+        if not seats:
+            return []
+        size = self._pages.size
+        for seat in seats:
+            if not failed:
+                start = seat.row.recorded // self._record_bytes
+                slots = [seat.pages[i // size] * size + i % size for i in range(start, seat.written)]
+                seat.row.experts = self._cache.experts_at(slots)
+            self._give_back(seat, known=not failed)
+        gone = set(seats)
+        self._seats = [seat for seat in self._seats if seat not in gone]
+        return seats
+
+    def _give_back(self, seat: _Seat, *, known: bool = True) -> None:
+        if seat.pure and known:
+            self._pages.remember(seat.ids[: seat.written], seat.pages)
+        self._pages.give_back(seat.pages)
+
+    @property
+    def _record_bytes(self) -> int:
+        """Of the expert ids of one token."""
+        return 2 * self._model.config.num_hidden_layers * self._model.config.num_experts_per_tok
+
+
+def draw(logits_BV: Tensor, rows: list[Row], words: Words) -> tuple[list[int], list[float]]:
+    """A token of each row and its log-probability under the law it was drawn from."""
+    settings = [row.request.sampling for row in rows]
+    heats = {each.temperature for each in settings}
+    if target_of(logits_BV) and len(heats) == 1 and all(map(_plain, rows)):
+        seeds_B = _seeds([row.seed for row in rows], [len(row.ids) for row in rows]).to(logits_BV.device)
+        tokens_B, logprobs_B = kernels.sample(logits_BV, seeds_B, heats.pop())
+    else:
+        law_BV = law(logits_BV, settings)
+        tokens_B = draw_all(law_BV, rows).clamp(max=law_BV.shape[1] - 1)  # past it where nothing is a number
+        logprobs_B = law_BV.gather(1, tokens_B[:, None])[:, 0]
+        note_top(rows, law_BV, tokens_B.tolist(), words)
+    tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
+    if any(map(math.isnan, logprobs)):
+        raise FloatingPointError("the model's logits are not numbers: its weights are spoiled, load good ones")
+    return tokens, logprobs
+
+
+def _plain(row: Row) -> bool:
+    sampling = row.request.sampling
+    return not row.noise.coded and not sampling.top and (sampling.top_p == 1 or sampling.temperature == 0)
+
+
+def _seeds(paths: list[int], counts: list[int]) -> Tensor:
+    """One seed per draw, (B,) int64, hashed from the path's and the token's number (SplitMix64, Steele et al. 2014)."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    z = np.array(paths, dtype=np.uint64) + (np.array(counts, dtype=np.uint64) + np.uint64(1)) * golden
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((z ^ (z >> np.uint64(31))).view(np.int64))
+
+
+def _settle(futures: list[asyncio.Future[None]], error: BaseException | None) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(None)
+
+
+class _Graphs:
+    """Decode steps captured as CUDA graphs, one per batch size; smaller batches are filled up with rows of no length.
+
+    Weights are written in place, so a graph outlives them. A model whose step cannot be captured (a kernel that does
+    not fit falls back to a reference that waits for the device) runs without, said once.
+    """
+
+    def __init__(self, model: ReasonerForCausalLM, cache: PagedCache, table: int) -> None:
+        self._model, self._cache, self._table = model, cache, table
+        self._pool = None
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self._works = True
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """`decode` on tensors that lie on the CPU."""
+        count = len(given[0])
+        size = next((s for s in GRAPH_SIZES if s >= count), None)
+        if size is not None and self._works and size not in self._captured:
+            self._capture(size)
+        if size is None or not self._works:
+            return decode(self._model, self._cache, *(t.to(self._model.device) for t in given))
+        graph, inputs, logits_BV = self._captured[size]
+        for held, tensor, blank in zip(inputs, given, self._blanks, strict=True):
+            held[:count].copy_(tensor)
+            held[count:].fill_(blank)
+        graph.replay()
+        return logits_BV[:count]
+
+    _blanks = (0, 0, -1, 0, 0)  # ids, positions, slots, table, lengths
+
+    def _capture(self, size: int) -> None:
+        device = self._model.device
+        row = lambda dtype, *shape: torch.zeros(size, *shape, dtype=dtype, device=device)  # noqa: E731
+        inputs = [*(row(torch.int64) for _ in range(3)), row(torch.int32, self._table), row(torch.int32)]
+        inputs[2].fill_(-1)
+        try:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compile kernels and choose algorithms before the capture
+                    decode(self._model, self._cache, *inputs)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits_BV = decode(self._model, self._cache, *inputs)
+        except RuntimeError as error:
+            self._works = False
+            _log.warning("decode steps run without CUDA graphs: %s", str(error).splitlines()[0])
+            return
+        self._pool = graph.pool()
+        self._captured[size] = (graph, inputs, logits_BV)
