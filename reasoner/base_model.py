@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from reasoner.demonstrations import ALPHABET, demonstrations, expression
+from reasoner.demonstrations import ALPHABET, Row, demonstrations, expression
 from verifiers.base import Task
 
 Progress = Callable[[int, int, float], None]  # step, steps, loss
@@ -60,45 +60,55 @@ class Warmup:
         return folder
 
     def _train(self, tasks: Sequence[Task], folder: Path, seed: int, progress: Progress) -> None:
-        import torch
-
-        from reasoner.learner import supervise
-        from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, save
+        from reasoner.model import char_tokenizer
 
         tokenizer = char_tokenizer(ALPHABET)
-        torch.manual_seed(seed)
-        config = ReasonerConfig.small(
-            len(tokenizer),
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            moe_intermediate_size=self.expert_width,
-        )
-        model = ReasonerForCausalLM(config)
-        rows = demonstrations(
-            tasks, tokenizer, blurt=self.blurt, haste=self.haste, count=self.steps * self.batch, seed=seed
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            supervise(
-                model,
-                tokenizer,
-                rows,
-                steps=self.steps,
-                batch=self.batch,
-                lr=self.lr,
-                seed=seed,
-                folder=Path(scratch),
-                progress=lambda step, loss: progress(step, self.steps, loss),
-            )
-        save(model, tokenizer, folder)
+        count = self.steps * self.batch
+        rows = demonstrations(tasks, tokenizer, blurt=self.blurt, haste=self.haste, count=count, seed=seed)
+        teach(self, rows, tokenizer, folder, seed, progress)
 
     def _hash(self, tasks: Sequence[Task], seed: int) -> str:
-        """Of the settings, the questions and the code that makes the model."""
-        digest = hashlib.blake2b(json.dumps([asdict(self), seed, [t.question for t in tasks]]).encode(), digest_size=8)
-        here = Path(__file__).parent
-        own = [Path(__file__), here / "demonstrations.py", here / "learner.py"]
-        for file in sorted([*own, *(here / "model").glob("*.py")]):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return fingerprint(self, tasks, seed, "demonstrations.py")
+
+
+def teach(base: Any, rows: Sequence[Row], tokenizer: Any, folder: Path, seed: int, progress: Progress) -> None:
+    """Our model, made in the shape that `base` gives (hidden, layers, expert_width) and trained on `rows`."""
+    import torch
+
+    from reasoner.learner import supervise
+    from reasoner.model import ReasonerConfig, ReasonerForCausalLM, save
+
+    torch.manual_seed(seed)
+    config = ReasonerConfig.small(
+        len(tokenizer),
+        hidden_size=base.hidden,
+        num_hidden_layers=base.layers,
+        moe_intermediate_size=base.expert_width,
+    )
+    model = ReasonerForCausalLM(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        supervise(
+            model,
+            tokenizer,
+            rows,
+            steps=base.steps,
+            batch=base.batch,
+            lr=base.lr,
+            seed=seed,
+            folder=Path(scratch),
+            progress=lambda step, loss: progress(step, base.steps, loss),
+        )
+    save(model, tokenizer, folder)
+
+
+def fingerprint(base: Any, tasks: Sequence[Task], seed: int, *files: str) -> str:
+    """A hash of the settings, the questions and the code that makes the model."""
+    digest = hashlib.blake2b(json.dumps([asdict(base), seed, [t.question for t in tasks]]).encode(), digest_size=8)
+    here = Path(__file__).parent
+    own = [Path(__file__), here / "learner.py", *(here / name for name in files)]
+    for file in sorted([*own, *(here / "model").glob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

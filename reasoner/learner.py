@@ -1,13 +1,13 @@
 """Learning, on TRL: the only file that imports trl.
 
 `PolicyTrainer` is TRL's GRPOTrainer fed with finished samples instead of its own generation; `supervise` is its
-SFTTrainer on token ids. Knows nothing of engines, verifiers or tasks. What it relies on in TRL 1.16 is pinned by
+SFTTrainer and `prefer` its DPOTrainer, both on token ids. Knows nothing of engines, verifiers or tasks. What it relies on in TRL 1.16 is pinned by
 tests/reasoner/test_trl_contract.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import import_utils
 
 import_utils.is_vllm_available = lambda min_version=None: False  # engines live in actors: keep vllm out of here
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 from reasoner.config import Learner  # noqa: E402
 from reasoner.credit import Sample  # noqa: E402
@@ -174,25 +174,38 @@ def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1) -> dict[s
     return batch
 
 
-@torch.no_grad()
 def mismatch(model: PreTrainedModel, samples: Sequence[Sample], pad: int, *, rows: int = 32) -> float:
     """Mean absolute difference of the model's and the sampler's log-probabilities of the sampled tokens, in nats.
 
     The samples must have been drawn at temperature 1.
     """
-    model.eval()
     total = tokens = 0.0
+    for logps_BT, batch in _scored(model, samples, pad, rows):
+        learned_BT = batch["tool_mask"]
+        total += ((logps_BT - batch["sampling_per_token_logps"]).abs() * learned_BT).sum().item()
+        tokens += learned_BT.sum().item()
+    return total / tokens
+
+
+def logprobs(model: PreTrainedModel, samples: Sequence[Sample], pad: int, *, rows: int = 32) -> list[float]:
+    """Log-probability of each path's sampled tokens under the model at temperature 1, in nats."""
+    found: list[float] = []
+    for logps_BT, batch in _scored(model, samples, pad, rows):
+        found += (logps_BT * batch["tool_mask"]).sum(-1).tolist()
+    return found
+
+
+@torch.no_grad()
+def _scored(model: PreTrainedModel, samples: Sequence[Sample], pad: int, rows: int) -> Iterator[tuple[Tensor, dict]]:
+    """The samples in batches: the model's log-probabilities of the completions (B, T), and the collated batch."""
+    model.eval()
     for start in range(0, len(samples), rows):
         batch = collate(samples[start : start + rows], pad)
         ids_BL = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(model.device)
         mask_BL = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(model.device)
         kept = batch["completion_ids"].shape[1]
         logits_BTV = model(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=kept + 1).logits[:, :-1].float()
-        logps_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, -kept:, None])[..., 0].cpu()
-        learned_BT = batch["tool_mask"]
-        total += ((logps_BT - batch["sampling_per_token_logps"]).abs() * learned_BT).sum().item()
-        tokens += learned_BT.sum().item()
-    return total / tokens
+        yield logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, -kept:, None])[..., 0].cpu(), batch
 
 
 def importance_ratio(difference_BT: Tensor, mode: str, highest: float) -> Tensor:
@@ -249,6 +262,55 @@ def supervise(
     trainer.add_callback(_AfterStep(lambda: balance(model, balance_rate)))
     trainer.add_callback(_OnLog(lambda step, logs: progress(step, logs["loss"]) if "loss" in logs else None))
     trainer.train()
+
+
+def prefer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[dict[str, list[int]]],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    beta: float,
+    seed: int,
+    folder: Path,
+    balance_rate: float = 0.001,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Preference training with TRL's DPOTrainer on token ids: {prompt, chosen, rejected}. The model as it is given is
+    the reference."""
+    names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+    args = DPOConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, steps // 10),
+        weight_decay=0.0,
+        beta=beta,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        **_common(seed, ()),
+    )
+    trainer = PairTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({theirs: [pair[ours] for pair in pairs] for ours, theirs in names.items()}),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_AfterStep(lambda: balance(model, balance_rate)))
+    trainer.add_callback(_OnLog(lambda step, logs: progress(step, logs["loss"]) if "loss" in logs else None))
+    trainer.train()
+
+
+class PairTrainer(DPOTrainer):
+    """TRL's DPOTrainer on pairs that are token ids already: text would have to be tokenised again."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
 
 
 def _common(seed: int, report_to: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where tasks come from: reasoning-gym generators, JSONL files, Hugging Face datasets.
+"""Where tasks come from: reasoning-gym generators, JSONL files, Hugging Face datasets, sums of two numbers.
 
 A source is a frozen dataclass whose fields are its TOML keys; `load()` gives (training, held-out) tasks. No question of
 the held-out tasks occurs in training. Whether a verifier can read the references is asked by the caller
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -164,7 +165,51 @@ class Datasets:
         return _tasks(rows, self.prompt, self.reference, self.id, self.verifier, f"{Path(self.name).name}/{split}")
 
 
-SOURCES: dict[str, type[Source]] = {"reasoning_gym": ReasoningGym, "jsonl": Jsonl, "datasets": Datasets}
+@dataclass(frozen=True)
+class Addition:
+    """Sums of two numbers with equally many digits, "24 + 58 =", every length from 1 to `digits` equally often.
+
+    All questions are distinct, so a length gives at most 4 in 5 of its sums to training and 1 in 5 to the held-out
+    side: one digit has 80 and 20. `meta["level"]` is the number of digits.
+    """
+
+    digits: int = 3
+    train: int = 3000
+    heldout: int = 300
+    seed: int = 0
+    verifier: str = "math"
+
+    def __post_init__(self) -> None:
+        if self.digits < 1 or min(self.train, self.heldout) < self.digits:
+            raise ValueError(
+                f"digits={self.digits}, train={self.train}, heldout={self.heldout}: give at least 1 digit, and on each "
+                "side at least one task for each length"
+            )
+
+    def load(self) -> Split:
+        train: list[Task] = []
+        heldout: list[Task] = []
+        for digits in range(1, self.digits + 1):
+            low, high = (0, 10) if digits == 1 else (10 ** (digits - 1), 10**digits)
+            every = (high - low) ** 2
+            shares = min(self.train // self.digits, every * 4 // 5), min(self.heldout // self.digits, every // 5)
+            drawn = random.Random(derive(self.seed, "addition", digits)).sample(range(every), sum(shares))
+            pairs = [(low + i // (high - low), low + i % (high - low)) for i in drawn]
+            heldout += [self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])]
+            train += [self._task(a, b, digits, f"train/{digits}/{i}") for i, (a, b) in enumerate(pairs[shares[1] :])]
+        return _apart(train, heldout)
+
+    def _task(self, a: int, b: int, digits: int, name: str) -> Task:
+        prompt = ({"role": "user", "content": f"{a} + {b} ="},)
+        return Task(f"addition/{name}", prompt, str(a + b), self.verifier, {"level": digits, "terms": [a, b]})
+
+
+SOURCES: dict[str, type[Source]] = {
+    "reasoning_gym": ReasoningGym,
+    "jsonl": Jsonl,
+    "datasets": Datasets,
+    "addition": Addition,
+}
 
 
 def apart(train: list[Task], heldout: list[Task]) -> Split:

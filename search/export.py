@@ -6,8 +6,9 @@ forced continuations) are masked out: nobody should learn to say what the search
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 from search.base import Trajectory
@@ -15,19 +16,33 @@ from search.base import Trajectory
 Row = dict[str, Any]
 
 
-def sft(paths: Sequence[Trajectory], correct: Sequence[bool | None], keep: int = 4) -> list[Row]:
-    """Up to `keep` correct finished paths, no two alike, chosen to branch as early from each other as they can.
+def sft(
+    paths: Sequence[Trajectory],
+    correct: Sequence[bool | None],
+    keep: int = 4,
+    key: Callable[[Trajectory], Sequence[Hashable]] | None = None,
+) -> list[Row]:
+    """Up to `keep` correct finished paths, no two alike, chosen to differ from each other as much as they can.
 
-    The likeliest comes first; then, again and again, the path that shares the shortest prefix with those chosen.
+    The likeliest comes first; then, again and again, the path that is least like those chosen. Two paths are as alike as
+    the prefix they share is long, or, with `key`, as their keys are similar: a key is the sequence of what matters in
+    a path, and of paths with one key the likeliest stands for all.
     `weight` gives every question the same total, as Monte-Carlo EM on its marginal wants.
     """
-    pool = {p.ids: p for p, c in zip(paths, correct, strict=True) if c and p.end == "stop"}
-    left = sorted(pool.values(), key=lambda p: (-p.logprob, p.ids))
-    chosen: list[Trajectory] = []
-    while left and len(chosen) < keep:
-        chosen.append(min(left, key=lambda p: max((shared(p.ids, q.ids) for q in chosen), default=0)))
-        left.remove(chosen[-1])
-    return [_row(path) | {"weight": 1 / len(chosen)} for path in chosen]
+    right = [p for p, c in zip(paths, correct, strict=True) if c and p.end == "stop"]
+    pool: dict[Sequence[Hashable], Trajectory] = {}
+    for path in sorted(right, key=lambda p: (-p.logprob, p.ids)):
+        pool.setdefault(tuple(key(path)) if key else path.ids, path)
+    alike = _similarity if key else shared
+    chosen: list[Sequence[Hashable]] = []
+    while len(chosen) < min(keep, len(pool)):
+        left = [name for name in pool if name not in chosen]  # likeliest first
+        chosen.append(min(left, key=lambda name: max((alike(name, other) for other in chosen), default=0)))
+    return [_row(pool[name]) | {"weight": 1 / len(chosen)} for name in chosen]
+
+
+def _similarity(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
+    return SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def dpo(paths: Sequence[Trajectory], correct: Sequence[bool | None], pairs: int = 8) -> list[Row]:
