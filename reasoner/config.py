@@ -15,10 +15,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reasoner.base_model import BASES, Base, Warmup
 from reasoner.credit import CREDITS, GRPO, Credit, Process, ReinforcePP
+from reasoner.scratchpad import Scratchpad
+from reasoner.star import STARS, Star
 from rollouts.environment import INTERACTIVE
 from rollouts.episode import POLICIES, Episode
 from rollouts.request import Placement
@@ -28,6 +30,12 @@ from search import SEARCHES, find
 from search.base import Sampling, Search
 from search.sample import Sample
 from verifiers import get
+
+
+class Learning(Protocol):
+    """How a model learns from its rollouts: `Learner` (policy gradients), or one of the kinds of `star.py`."""
+
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Run:
     """The whole experiment."""
 
     name: str
-    steps: int  # policy updates
+    steps: int  # policy updates, or rounds of STaR
     tasks: Source = field(default_factory=ReasoningGym)
     base: Base = field(default_factory=Warmup)
     engine: Placement = field(default_factory=Placement)
@@ -67,7 +75,7 @@ class Run:
     search: Search = field(default_factory=Sample)
     score: ScoreKind | None = None  # guides the search in training; `verifier` is the answer key itself
     credit: Credit = field(default_factory=GRPO)
-    learner: Learner = field(default_factory=Learner)
+    learner: Learning = field(default_factory=Learner)
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     tasks_per_step: int = 32
@@ -84,10 +92,11 @@ BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a b
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", {**SOURCES, **INTERACTIVE}),
-    Base: ("warmup", BASES),
+    Base: ("warmup", BASES | {"scratchpad": Scratchpad}),
     Search: ("sample", {**SEARCHES, **POLICIES}),
     ScoreKind: ("process", SCORES),
     Credit: ("grpo", CREDITS),
+    Learning: ("policy", {"policy": Learner, **STARS}),
 }
 
 
@@ -225,7 +234,6 @@ def _cross_check(run: Run) -> None:
         "checkpoint_every": run.checkpoint_every,
         "engine.count": engine.count,
         "sampling.max_tokens": sampling.max_tokens,
-        "learner.micro_batches": learner.micro_batches,
         "evaluate.tasks": evaluate.tasks,
         "evaluate.k": evaluate.k,
     }
@@ -233,20 +241,6 @@ def _cross_check(run: Run) -> None:
         if value < 1:
             least = 0 if key == "steps" else 1
             raise ConfigError(f"{key} = {value - 1 + least} is too small: give at least {least}")
-    if learner.lr_warmup >= run.steps > 0:
-        raise ConfigError(
-            f"learner.lr_warmup = {learner.lr_warmup} leaves none of steps = {run.steps} at the full rate: lower it"
-        )
-    if learner.micro_batches > 1 and learner.loss not in BY_TOKEN:
-        raise ConfigError(
-            f"learner.loss = {learner.loss!r} averages rows; learner.micro_batches = {learner.micro_batches} would "
-            f"change that: use micro_batches = 1, or one of {', '.join(BY_TOKEN)}"
-        )
-    for reporter in learner.report_to:
-        if reporter not in ("tensorboard", "wandb") or importlib.util.find_spec(reporter) is None:
-            raise ConfigError(
-                f"learner.report_to: {reporter!r} must be 'tensorboard' or 'wandb', and be installed (pip)"
-            )
     if run.verify_timeout <= 0:
         raise ConfigError(f"verify_timeout = {run.verify_timeout} must be positive seconds")
     if evaluate.k > evaluate.n:
@@ -277,6 +271,30 @@ def _cross_check(run: Run) -> None:
             f"search.context = {run.search.context} exceeds engine.max_model_len = {engine.max_model_len}: lower it or "
             "raise max_model_len"
         )
+    (_check_rounds if isinstance(learner, Star) else _check_policy)(run, learner)
+    if not run.name or "/" in run.name or run.name.startswith("."):
+        raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
+    _check_policies(run.policies)
+
+
+def _check_policy(run: Run, learner: Learner) -> None:
+    sampling = run.sampling
+    if learner.micro_batches < 1:
+        raise ConfigError(f"learner.micro_batches = {learner.micro_batches} is too small: give at least 1")
+    if learner.lr_warmup >= run.steps > 0:
+        raise ConfigError(
+            f"learner.lr_warmup = {learner.lr_warmup} leaves none of steps = {run.steps} at the full rate: lower it"
+        )
+    if learner.micro_batches > 1 and learner.loss not in BY_TOKEN:
+        raise ConfigError(
+            f"learner.loss = {learner.loss!r} averages rows; learner.micro_batches = {learner.micro_batches} would "
+            f"change that: use micro_batches = 1, or one of {', '.join(BY_TOKEN)}"
+        )
+    for reporter in learner.report_to:
+        if reporter not in ("tensorboard", "wandb") or importlib.util.find_spec(reporter) is None:
+            raise ConfigError(
+                f"learner.report_to: {reporter!r} must be 'tensorboard' or 'wandb', and be installed (pip)"
+            )
     if sampling.top_p < 1 and learner.importance.startswith("sequence"):
         raise ConfigError(
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "
@@ -289,12 +307,22 @@ def _cross_check(run: Run) -> None:
         )
     if learner.loss not in LOSSES:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
-    if not run.name or "/" in run.name or run.name.startswith("."):
-        raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
     alone = isinstance(run.credit, Process) or run.credit == ReinforcePP(group_baseline=False)
     if not alone and getattr(run.search, "n", 2) < 2:
         raise ConfigError(f"search.n = {run.search.n}: one path has no contrast to learn from, raise n")
-    _check_policies(run.policies)
+
+
+def _check_rounds(run: Run, star: Star) -> None:
+    try:
+        star.check(run.steps)
+    except ValueError as error:
+        raise ConfigError(f"learner: {error}") from None
+    rows = run.tasks_per_step * min(star.keep, max(getattr(run.search, "n", star.keep), star.rationalise))
+    if rows < star.batch:
+        raise ConfigError(
+            f"learner.batch = {star.batch} cannot be filled: tasks_per_step = {run.tasks_per_step} problems keep at most "
+            f"{rows} paths a round; raise tasks_per_step, search.n or learner.keep, or lower learner.batch"
+        )
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,25 @@ async def evaluate(
         episode: how tasks that answer back are played; None samples.
     """
     options = {"pool": pool, "tokenizer": tokenizer, "seed": derive(seed, "evaluate"), "guide": None}  # no answer key
-    ways = [replace(episode, n=n) if episode else Sample(n=n) for n in (1, settings.n)]
-    greedy = await roll_out(tasks, ways[0], engine.at(temperature=0.0), **options)
-    sampled = await roll_out(tasks, ways[1], engine.at(temperature=1.0, top_p=1.0), **options)
+    way = replace(episode, n=settings.n) if episode else Sample(n=settings.n)
+    greedy = await greedily(tasks, engine, pool, tokenizer, seed=seed, episode=episode)
+    sampled = await roll_out(tasks, way, engine.at(temperature=1.0, top_p=1.0), **options)
     return [Judged(g, s) for g, s in zip(greedy, sampled, strict=True)]
+
+
+async def greedily(
+    tasks: Sequence[Task],
+    engine: Engine,
+    pool: Pool,
+    tokenizer: Any,
+    *,
+    seed: int,
+    episode: Episode | None = None,
+) -> list[Group]:
+    """The greedy path of every task, judged."""
+    options = {"seed": derive(seed, "evaluate"), "guide": None}  # no answer key
+    way = replace(episode, n=1) if episode else Sample(n=1)
+    return await roll_out(tasks, way, engine.at(temperature=0.0), pool, tokenizer, **options)
 
 
 async def table(judged: Sequence[Judged], pool: Pool, k: int) -> Table:

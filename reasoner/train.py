@@ -23,6 +23,7 @@ from reasoner.config import ConfigError, Run, to_dict
 from reasoner.credit import assign
 from reasoner.evaluate import evaluate, table
 from reasoner.progress import Clock, PeakMemory, Screen
+from reasoner.star import Star
 from rollouts.base import Group
 from rollouts.episode import Episode
 from rollouts.journal import Journal
@@ -82,6 +83,8 @@ def train(run: Run, *, ray: str, screen: Screen) -> Path:
         stage = open_stage(run, train_tasks, heldout, ray, clock, screen, stack)
         try:
             summary = _learn_and_measure(stage, train_tasks, heldout)
+        except ConfigError:  # what only a run can show: nothing verified
+            raise
         except ValueError as error:  # no longer a mistake in the config: keep its traceback
             raise RuntimeError(f"the run broke: {error}") from error
         summary["peak_rss_bytes"] = memory.bytes
@@ -126,25 +129,14 @@ def open_stage(
 
 def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task]) -> dict[str, Any]:
     """Evaluate, train, evaluate again."""
-    from reasoner.learner import learn
-
     run = stage.run
+    learn = _in_rounds if isinstance(run.learner, Star) else _by_policy_gradient
     base, first = measure(stage, heldout, "base", step=0)
     with Journal(stage.folder / "journal.jsonl") as journal, stage.screen.bar("training", run.steps) as tell:
-        loop = steps(stage, train_tasks, journal, tell)
-        learn(
-            stage.model,
-            stage.tokenizer,
-            loop,
-            run.learner,
-            steps=run.steps,
-            seed=run.seed,
-            temperature=run.sampling.temperature,
-            max_completion=run.sampling.max_tokens,
-            folder=stage.folder / "trainer",
-        )
+        more = learn(stage, train_tasks, heldout, journal, tell)
     final, last = measure(stage, heldout, "final", step=run.steps)
     return {
+        **more,
         "name": run.name,
         "seed": run.seed,
         "base": base,
@@ -156,12 +148,38 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
     }
 
 
+def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], journal: Journal, tell: Any) -> dict[str, Any]:
+    from reasoner.rounds import rounds
+
+    return rounds(stage, tasks, heldout, journal, tell)
+
+
+def _by_policy_gradient(
+    stage: Stage, tasks: list[Task], heldout: list[Task], journal: Journal, tell: Any
+) -> dict[str, Any]:
+    from reasoner.learner import learn
+
+    run = stage.run
+    learn(
+        stage.model,
+        stage.tokenizer,
+        steps(stage, tasks, journal, tell),
+        run.learner,
+        steps=run.steps,
+        seed=run.seed,
+        temperature=run.sampling.temperature,
+        max_completion=run.sampling.max_tokens,
+        folder=stage.folder / "trainer",
+    )
+    return {}
+
+
 def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> Iterator[Any]:
     """Yields the samples of each step that teaches something; is sent what the learner measured on them."""
     from reasoner.model import export, save
 
     run, clock = stage.run, stage.clock
-    stream = _shuffled(tasks, run.seed)
+    stream = shuffled(tasks, run.seed)
     version, laps = 0, dict(clock.seconds)
     with (stage.folder / "metrics.jsonl").open("a") as log:
         for step in range(run.steps):
@@ -254,7 +272,7 @@ def statistics(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
+def shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
     """The tasks for ever, in a new order each time round."""
     epoch = 0
     while True:

@@ -169,8 +169,8 @@ class Datasets:
 class Addition:
     """Sums of two numbers with equally many digits, "24 + 58 =", every length from 1 to `digits` equally often.
 
-    All questions are distinct, so a length gives at most 4 in 5 of its sums to training and 1 in 5 to the held-out
-    side: one digit has 80 and 20. `meta["level"]` is the number of digits.
+    All questions are distinct, so one digit has only 80 sums for training and 20 held out; longer ones take the places
+    that are left. `meta["level"]` is the number of digits.
     """
 
     digits: int = 3
@@ -192,7 +192,11 @@ class Addition:
         for digits in range(1, self.digits + 1):
             low, high = (0, 10) if digits == 1 else (10 ** (digits - 1), 10**digits)
             every = (high - low) ** 2
-            shares = min(self.train // self.digits, every * 4 // 5), min(self.heldout // self.digits, every // 5)
+            left = self.digits - digits + 1  # lengths that share what is still wanted
+            shares = (
+                min((self.train - len(train)) // left, every * 4 // 5),
+                min((self.heldout - len(heldout)) // left, every // 5),
+            )
             drawn = random.Random(derive(self.seed, "addition", digits)).sample(range(every), sum(shares))
             pairs = [(low + i // (high - low), low + i % (high - low)) for i in drawn]
             heldout += [self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])]

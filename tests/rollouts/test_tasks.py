@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rollouts.tasks import SOURCES, Datasets, Jsonl, ReasoningGym
+from rollouts.tasks import SOURCES, Addition, Datasets, Jsonl, ReasoningGym
 
 SUMS = {"min_terms": 3, "max_terms": 4, "max_digits": 1}
 
@@ -212,4 +212,9 @@ def test_datasets_loads_local_files_and_saved_sets(tmp_path, saved):
 
 
 def test_every_source_is_registered_under_its_toml_name():
-    assert SOURCES == {"reasoning_gym": ReasoningGym, "jsonl": Jsonl, "datasets": Datasets}
+    assert SOURCES == {
+        "reasoning_gym": ReasoningGym,
+        "jsonl": Jsonl,
+        "datasets": Datasets,
+        "addition": Addition,
+    }
