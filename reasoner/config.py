@@ -320,8 +320,8 @@ def _check_rounds(run: Run, star: Star) -> None:
     rows = run.tasks_per_step * min(star.keep, max(getattr(run.search, "n", star.keep), star.rationalise))
     if rows < star.batch:
         raise ConfigError(
-            f"learner.batch = {star.batch} cannot be filled: tasks_per_step = {run.tasks_per_step} problems keep at most "
-            f"{rows} paths a round; raise tasks_per_step, search.n or learner.keep, or lower learner.batch"
+            f"learner.batch = {star.batch} cannot be filled: tasks_per_step = {run.tasks_per_step} problems keep at "
+            f"most {rows} paths a round; raise tasks_per_step, search.n or learner.keep, or lower learner.batch"
         )
 
 

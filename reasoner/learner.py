@@ -1,8 +1,8 @@
 """Learning, on TRL: the only file that imports trl.
 
 `PolicyTrainer` is TRL's GRPOTrainer fed with finished samples instead of its own generation; `supervise` is its
-SFTTrainer and `prefer` its DPOTrainer, both on token ids. Knows nothing of engines, verifiers or tasks. What it relies on in TRL 1.16 is pinned by
-tests/reasoner/test_trl_contract.py.
+SFTTrainer and `prefer` its DPOTrainer, both on token ids. Knows nothing of engines, verifiers or tasks. What it relies
+on in TRL 1.16 is pinned by tests/reasoner/test_trl_contract.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from reasoner.credit import spread
 from reasoner.evaluate import greedily
 from reasoner.learner import logprobs, prefer, supervise
 from reasoner.model import export, save
-from reasoner.star import Star, VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
+from reasoner.star import VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
 from reasoner.train import Stage, push, shuffled, statistics
 from rollouts.base import Group, Rollout
 from rollouts.journal import Journal, read
@@ -208,7 +208,9 @@ def accuracies(stage: Stage, heldout: Sequence[Task]) -> dict[str, Any]:
             levels.setdefault(str(group.task.meta.get("level", "all")), []).append(group.scored[0].verdict.correct)
     every = [right for each in levels.values() for right in each]
     found: dict[str, Any] = {"greedy": fmean(every) if every else 0.0}
-    return found | ({"by_level": {name: fmean(each) for name, each in sorted(levels.items())}} if len(levels) > 1 else {})
+    return found | (
+        {"by_level": {name: fmean(each) for name, each in sorted(levels.items())}} if len(levels) > 1 else {}
+    )
 
 
 def _require_something(stage: Stage, harvest: Harvest, number: int) -> None:

@@ -1,15 +1,15 @@
 """A base model that can add one digit with a scratchpad, and knows the form of longer sums but not how to do them.
 
-    4 + 8 =              24 + 58 = 82         24 + 58 =
-    4+8+0=12             4+8+0=12             Answer: 131
-    Answer: 12           2+5+1=8
-                         Answer: 82
+    4 + 8 =              24 + 58 = 82         24 + 58 =            24 + 58 =
+    4+8+0=12             4+8+0=12             Answer: 131          4+8+0=5
+    Answer: 12           2+5+1=8                                   2+5+0=11
+                         Answer: 82                                Answer: 115
 
-The scratchpad goes from right to left: digit + digit + carry (Nye et al. 2021, arXiv:2112.00114). Its warm-up shows one
-digit as it is asked (left), any length with the answer in the question (middle), and longer sums without it only as
-guesses (right). So the base starts near 0 at two digits, and a hint helps it: the part that the few-shot prompts play
-in STaR's own experiment (Zelikman et al. 2022, arXiv:2203.14465). Neighbours: `rollouts.tasks.Addition` has the tasks,
-`base_model.py` the other bases.
+The scratchpad goes from right to left: digit + digit + carry (Nye et al. 2021, arXiv:2112.00114). The warm-up shows one
+digit as it is asked (first), any length with the answer in the question (second), and longer sums without it only as
+guesses (third) and as work with random results (last). So the base starts near 0 at two digits and a hint helps it,
+which is what the few-shot prompts of STaR's own experiment do (Zelikman et al. 2022, arXiv:2203.14465).
+Neighbours: `rollouts.tasks.Addition` has the tasks, `base_model.py` the other bases.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Scratchpad:
     batch: int = 64
     lr: float = 2.5e-3
     hinted: float = 0.5  # share of the demonstrations that have the answer in the question
-    guess: float = 0.1  # share that guess at a longer sum; the rest work a sum of one digit
+    longer: float = 0.2  # share that are longer sums without it; the rest work a sum of one digit
+    guess: float = 0.7  # share of those longer ones that are guesses; the others are work with random results
     hidden: int = 96
     layers: int = 3
     expert_width: int = 32
@@ -44,7 +45,9 @@ class Scratchpad:
     def check(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             if "terms" not in task.meta:
-                raise ValueError(f"task {task.id} is no sum of two numbers: set tasks.kind = 'addition', or another base")
+                raise ValueError(
+                    f"task {task.id} is no sum of two numbers: set tasks.kind = 'addition', or another base"
+                )
 
     def prepare(self, tasks: Sequence[Task], cache: Path, seed: int, progress: Progress) -> Path:
         folder = cache / f"scratchpad-{fingerprint(self, tasks, seed, 'scratchpad.py')}"
@@ -61,29 +64,32 @@ class Scratchpad:
         levels: dict[int, list[Task]] = {}
         for task in tasks:
             levels.setdefault(task.meta["level"], []).append(task)
-        longer = sorted(levels)[1:] or sorted(levels)
+        short, *long = sorted(levels)
+        shares = (self.hinted, self.longer if long else 0.0, 1 - self.hinted - self.longer)
         rows = []
         for _ in range(self.steps * self.batch):
-            kind = noise.choices(("hinted", "guess", "plain"), (self.hinted, self.guess, 1 - self.hinted - self.guess))[0]
-            level = {"hinted": sorted(levels), "guess": longer, "plain": sorted(levels)[:1]}[kind]
-            task = noise.choice(levels[noise.choice(level)])
-            if kind == "guess":
-                text = f"Answer: {sum(noise.choice(levels[task.meta['level']]).meta['terms'])}"  # of another sum
-            else:
-                text = worked(*task.meta["terms"])
-            question = HINTED.format(question=task.question, answer=task.reference) if kind == "hinted" else task.question
+            kind = noise.choices(("hinted", "longer", "plain"), shares)[0]
+            level = noise.choice({"hinted": [short, *long], "longer": long, "plain": [short]}[kind])
+            task = noise.choice(levels[level])
+            question = (
+                HINTED.format(question=task.question, answer=task.reference) if kind == "hinted" else task.question
+            )
+            text = worked(*task.meta["terms"])
+            if kind == "longer":
+                other = noise.choice(levels[level]).meta["terms"]
+                text = f"Answer: {sum(other)}" if noise.random() < self.guess else worked(*task.meta["terms"], noise)
             rows.append(_row(tokenizer, question, text))
         return rows
 
 
-def worked(a: int, b: int) -> str:
-    """The scratchpad of a sum: worked(24, 58) is "4+8+0=12\\n2+5+1=8\\nAnswer: 82"."""
-    lines, carry = [], 0
+def worked(a: int, b: int, slips: random.Random | None = None) -> str:
+    """The scratchpad of a sum: worked(24, 58) is "4+8+0=12\\n2+5+1=8\\nAnswer: 82". slips: every result is random."""
+    lines, digits, carry = [], "", 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
-        total = int(x) + int(y) + carry
+        total = int(x) + int(y) + carry if slips is None else slips.randrange(20)
         lines.append(f"{x}+{y}+{carry}={total}")
-        carry = total // 10
-    return "\n".join([*lines, f"Answer: {a + b}"])
+        digits, carry = f"{total % 10}{digits}", total // 10
+    return "\n".join([*lines, f"Answer: {int(f'{carry}{digits}')}"])
 
 
 def _row(tokenizer: Any, question: str, text: str) -> Row:

@@ -62,8 +62,8 @@ class Star:
 
 @dataclass(frozen=True)
 class RestEM(Star):
-    """Expectation-maximisation by sampling alone: no hints, up to 10 paths a problem, each of equal weight (Singh et al.
-    2023, arXiv:2312.06585). The temperature of its E-step is `sampling.temperature`, 0.7 in the paper."""
+    """Expectation-maximisation by sampling alone: no hints, up to 10 paths a problem, each of equal weight
+    (Singh et al. 2023, arXiv:2312.06585). The temperature of its E-step is `sampling.temperature`, 0.7 in the paper."""
 
     keep: int = 10
     em: bool = False

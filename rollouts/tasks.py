@@ -199,7 +199,9 @@ class Addition:
             )
             drawn = random.Random(derive(self.seed, "addition", digits)).sample(range(every), sum(shares))
             pairs = [(low + i // (high - low), low + i % (high - low)) for i in drawn]
-            heldout += [self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])]
+            heldout += [
+                self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])
+            ]
             train += [self._task(a, b, digits, f"train/{digits}/{i}") for i, (a, b) in enumerate(pairs[shares[1] :])]
         return _apart(train, heldout)
 

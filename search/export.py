@@ -24,9 +24,9 @@ def sft(
 ) -> list[Row]:
     """Up to `keep` correct finished paths, no two alike, chosen to differ from each other as much as they can.
 
-    The likeliest comes first; then, again and again, the path that is least like those chosen. Two paths are as alike as
-    the prefix they share is long, or, with `key`, as their keys are similar: a key is the sequence of what matters in
-    a path, and of paths with one key the likeliest stands for all.
+    The likeliest comes first; then, again and again, the path that is least like those chosen. Two paths are as alike
+    as the prefix they share is long, or, with `key`, as their keys are similar: a key is the sequence of what matters
+    in a path, and of paths with one key the likeliest stands for all.
     `weight` gives every question the same total, as Monte-Carlo EM on its marginal wants.
     """
     right = [p for p, c in zip(paths, correct, strict=True) if c and p.end == "stop"]
