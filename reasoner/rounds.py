@@ -22,10 +22,10 @@ from reasoner.evaluate import greedily
 from reasoner.learner import logprobs, prefer, supervise
 from reasoner.model import export, save
 from reasoner.star import VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
-from reasoner.train import Stage, push, shuffled, statistics
+from reasoner.train import Stage, draw, push, shuffled, statistics
 from rollouts.base import Group, Rollout
 from rollouts.journal import Journal, read
-from rollouts.roll_out import encode, roll_out
+from rollouts.roll_out import encode
 from search.base import derive
 from search.export import Row, dpo
 from search.metrics import best_of_k, interval, pass_at_k
@@ -89,14 +89,14 @@ def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], journal
 def gather(stage: Stage, tasks: Sequence[Task], number: int) -> Harvest:
     """The E-step: paths of the model as it is now, verified, rationalised where they fail, and sifted."""
     run, star = stage.run, stage.run.learner
-    groups = _roll_out(stage, tasks, run.search, derive(run.seed, "train", number))
+    groups = draw(stage, tasks, seed=derive(run.seed, "train", number))
     kept, dropped = sift(groups, star.keep)
     problems = {group.task.id: rows for group, rows in zip(groups, kept, strict=True) if rows}
     failed = [group.task for group in groups if group.task.id not in problems]
     if not (star.rationalise and failed):
         return Harvest(groups, [], problems, dropped, Counter(), None)
     helped = [hinted(task, star.hint) for task in failed]
-    answers = _roll_out(stage, helped, Sample(star.rationalise), derive(run.seed, "hinted", number))
+    answers = draw(stage, helped, seed=derive(run.seed, "hinted", number), search=Sample(star.rationalise))
     threshold = quantile(_nats_per_token(stage, [r for g in groups for r in g.rollouts]), star.plausible)
     candidates, improbable = _plausible(stage, failed, answers, threshold)
     rows, dropped_hinted = sift(candidates, star.keep, star.hint)
@@ -286,7 +286,3 @@ def selection(folder: Path, k: int, evaluation: str = "evaluation-final.jsonl") 
         values.append(best_of_k(logprobs(model, paths, pad), right, k))
     found = interval(values)
     return {"selected_at_k": found.mean, "ci": (found.low, found.high), "k": k, "tasks": len(values)}
-
-
-def _roll_out(stage: Stage, tasks: Sequence[Task], search: Any, seed: int) -> list[Group]:
-    return stage.runner.run(roll_out(tasks, search, stage.engine, stage.pool, stage.tokenizer, seed=seed))

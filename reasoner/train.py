@@ -185,7 +185,7 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
         for step in range(run.steps):
             chosen = [next(stream) for _ in range(run.tasks_per_step)]
             with clock.phase("rollouts"):
-                groups = stage.runner.run(_roll_out(stage, chosen, seed=derive(run.seed, "train", step)))
+                groups = draw(stage, chosen, seed=derive(run.seed, "train", step))
             for group in groups:
                 journal.append(group, step=step, version=version)
             journal.flush()
@@ -208,9 +208,11 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
             tell(step + 1, f"reward {reward}  length {row['response_length_mean']:.0f}")
 
 
-def _roll_out(stage: Stage, tasks: Sequence[Task], *, seed: int) -> Any:
+def draw(stage: Stage, tasks: Sequence[Task], *, seed: int, search: Any = None) -> list[Group]:
+    """The judged paths of training tasks, by the run's search or another."""
     guide = WithKey(stage.pool, stage.engine, stage.run.score)
-    return roll_out(tasks, stage.run.search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide)
+    search = search or stage.run.search
+    return stage.runner.run(roll_out(tasks, search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide))
 
 
 def push(engine: Any, model: Any, version: int, export: Any) -> None:

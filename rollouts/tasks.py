@@ -203,7 +203,7 @@ class Addition:
                 self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])
             ]
             train += [self._task(a, b, digits, f"train/{digits}/{i}") for i, (a, b) in enumerate(pairs[shares[1] :])]
-        return _apart(train, heldout)
+        return apart(train, heldout)
 
     def _task(self, a: int, b: int, digits: int, name: str) -> Task:
         prompt = ({"role": "user", "content": f"{a} + {b} ="},)
