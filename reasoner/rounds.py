@@ -28,7 +28,7 @@ from rollouts.journal import Journal, read
 from rollouts.roll_out import encode
 from search.base import derive
 from search.export import Row, dpo
-from search.metrics import best_of_k, interval, pass_at_k
+from search.metrics import Interval, best_of_k, interval, pass_at_k
 from search.sample import Sample
 from verifiers.base import Task
 
@@ -268,7 +268,7 @@ def train_verifier(stage: Stage, pairs: Sequence[Row]) -> str:
     return "verifier"
 
 
-def selection(folder: Path, k: int, evaluation: str = "evaluation-final.jsonl") -> dict[str, Any]:
+def selection(folder: Path, k: int, evaluation: str = "evaluation-final.jsonl") -> Interval:
     """Accuracy of the verifier's choice among k samples, exact over the subsets of those in an evaluation's journal."""
     import torch
     from transformers import AutoTokenizer
@@ -284,5 +284,4 @@ def selection(folder: Path, k: int, evaluation: str = "evaluation-final.jsonl") 
         paths = [spread(r.trajectory, 0.0) for r in group.scored]
         right = [float(bool(r.verdict.correct)) for r in group.scored]
         values.append(best_of_k(logprobs(model, paths, pad), right, k))
-    found = interval(values)
-    return {"selected_at_k": found.mean, "ci": (found.low, found.high), "k": k, "tasks": len(values)}
+    return interval(values)

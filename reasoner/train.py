@@ -23,7 +23,7 @@ from reasoner.config import ConfigError, Run, to_dict
 from reasoner.credit import assign
 from reasoner.evaluate import evaluate, table
 from reasoner.progress import Clock, PeakMemory, Screen
-from reasoner.star import Star
+from reasoner.star import Star, VStar
 from rollouts.base import Group
 from rollouts.episode import Episode
 from rollouts.journal import Journal
@@ -135,6 +135,8 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
     with Journal(stage.folder / "journal.jsonl") as journal, stage.screen.bar("training", run.steps) as tell:
         more = learn(stage, train_tasks, heldout, journal, tell)
     final, last = measure(stage, heldout, "final", step=run.steps)
+    if isinstance(run.learner, VStar):
+        _choose(stage, final)
     return {
         **more,
         "name": run.name,
@@ -152,6 +154,18 @@ def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], journal: Jo
     from reasoner.rounds import rounds
 
     return rounds(stage, tasks, heldout, journal, tell)
+
+
+def _choose(stage: Stage, final: dict[str, Any]) -> None:
+    """Add to the final accuracies that of the trained verifier's choice among the samples."""
+    from reasoner.rounds import selection
+
+    k = final["k"]
+    with stage.clock.phase("eval"):
+        found = selection(stage.folder, k)
+    final["selected_at_k"] = found.mean
+    final["ci"]["selected_at_k"] = (found.low, found.high)
+    stage.screen.say(f"verifier  its choice of {k} samples is right in {found.mean:.1%} of the tasks")
 
 
 def _by_policy_gradient(
