@@ -1,4 +1,4 @@
-"""The command line: `reasoner train | eval | check | report | verify`.
+"""The command line: `reasoner train | eval | check | report | verify | prm`.
 
 Parses, calls, and turns the mistakes a person can mend into one line and exit code 2; `--debug` shows the traceback.
 """
@@ -17,7 +17,7 @@ try:
     import rollouts  # noqa: F401 (guards the name `verifiers` before anything imports it)
 except ImportError as error:
     sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
-from reasoner import verify  # noqa: E402
+from reasoner import prm_command, verify  # noqa: E402
 from reasoner.config import ConfigError, Run, load  # noqa: E402
 
 
@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/quickstart")
     sub = command("verify", verify.run, "judge answers, files of answers, or a verifier itself", config=False)
     verify.add_arguments(sub)
+    sub = command("prm", prm_command.run, "process reward models: label steps, train, measure", config=False)
+    prm_command.add_arguments(sub)
     return parser
 
 

@@ -2,10 +2,10 @@
 
 Two kinds, each a checkpoint folder with a `prm.json` beside the weights:
 - generative: a causal language model that says + or - behind a step. One forward pass over a path judges all its steps,
-  for nothing is written between them; an engine serves it like any model, a step for one token (`as_score`).
+  for nothing is written between them; an engine serves it to a search, one token a step (`score.kind = "prm"`).
 - implicit (Yuan et al. 2024, arXiv:2412.01981): beta x the log-ratio of an outcome-trained model to its reference.
 
-Knows no engine but through `search.SelfScore`. Neighbours: `step_labels.py` makes the rows it trains on;
+Knows no engine. Neighbours: `step_labels.py` makes the rows it trains on;
 `credit.Process` turns its values into advantages.
 
 Shapes: B paths, L tokens (padded on the right), V vocabulary.
@@ -29,10 +29,10 @@ from reasoner.credit import Decode, lowest_so_far
 from reasoner.model import load, save
 from reasoner.step_labels import Row, judged_at
 from rollouts.base import Group
-from search.base import Score
+from rollouts.score import ProcessModel
 
 ROWS = 128  # paths of one forward pass
-YES, NO = "+", "-"
+YES, NO = ProcessModel.yes, ProcessModel.no
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,10 @@ def train(
     rows: Sequence[Row],
     base: Path,
     *,
-    steps: int = 400,
-    batch: int = 64,
+    steps: int = 800,
+    batch: int = 24,
     lr: float = 1e-3,
     seed: int = 0,
-    delimiter: str = "\n",
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Prm:
     """A generative process reward model from labelled rows, starting from the checkpoint `base`.
@@ -158,20 +157,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch)}
         supervise(model, tokenizer, inputs, targets=targets, progress=progress, **options)
-    return Prm(model.eval(), tokenizer, Settings(delimiter=delimiter))
-
-
-def as_score(folder: Path, rows: int = 256) -> Score:
-    """A generative model as the score of a search, served by an engine in this process."""
-    from rollouts.local_engine import LocalEngine
-    from search.base import Sampling
-    from search.self_score import SelfScore
-
-    prm = Prm.load(folder)
-    if prm.settings.kind != "generative":
-        raise ValueError(f"{folder} is an implicit model, which no engine serves as a token: train a generative one")
-    engine = LocalEngine(prm.model, prm.tokenizer, Sampling(step=prm.settings.delimiter), rows=rows)
-    return SelfScore(engine, ask="", yes=YES, no=NO, turn=False)
+    return Prm(model.eval(), tokenizer, Settings(delimiter=rows[0]["delimiter"]))
 
 
 _loaded = lru_cache(maxsize=1)(Prm.load)
@@ -217,6 +203,11 @@ def bench(rows: Sequence[Row], prm: Prm) -> dict[str, Any]:
         bins of equal width.
     """
     values = prm.values([tokenised(row, prm.tokenizer, prm.settings.delimiter) for row in rows])
+    return measured(rows, values) | {"tokens_read": prm.tokens}
+
+
+def measured(rows: Sequence[Row], values: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """`bench` on the values that a judge gave."""
     named = [next((i for i, v in enumerate(each) if v < 0.5), -1) for each in values]
     hits = {True: [], False: []}  # by whether the solution is right
     several = []
@@ -238,7 +229,6 @@ def bench(rows: Sequence[Row], prm: Prm) -> dict[str, Any]:
         "wrong_of_several_steps": len(several),
         "ece": ece(judged),
         "steps_judged": len(judged),
-        "tokens_read": prm.tokens,
     }
 
 

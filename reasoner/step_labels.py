@@ -1,12 +1,12 @@
 """What each step of a response is worth: the labels that process reward models are trained on and measured by.
 
-Three sources, from cheap to dear: a rule (every equality that is stated is checked), the paths that a journal already
-holds (`search.export.step_labels`), and fresh rollouts from each step, one by one or by bisection. Knows engines and
+Three sources, from cheap to dear: a rule (every equality that is stated is checked), the other paths of a journal's
+group, and fresh rollouts from each step, one by one or by bisection. Knows engines and
 verifiers through their interfaces alone. Neighbours: `prm.py` trains on the rows; `credit.Process` uses such values.
 
 A row is one JSON line in ProcessBench's form (Zheng et al. 2024, arXiv:2412.06559: id, problem, steps,
 final_answer_correct, label = index of the first wrong step or -1) with what training needs besides: the token `ids` of
-prompt and response, where each step `ends` among them, and the steps' `values` in [0, 1].
+prompt and response, where each step `ends` among them, the steps' `values` in [0, 1] and the `delimiter`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from reasoner.credit import Decode, step_ends
-from rollouts.base import Rollout
+from rollouts.base import Group, Rollout
 from search.base import Engine, Step, Trajectory, derive
+from search.export import step_labels
 from verifiers.base import Verdict
 from verifiers.process import first_wrong, step_scores
 
@@ -43,6 +44,7 @@ def row(rollout: Rollout, values: Sequence[float], delimiter: str, decode: Decod
         "prompt": len(path.prompt),
         "ends": ends,
         "values": list(values),
+        "delimiter": delimiter,
     }
 
 
@@ -63,6 +65,26 @@ def by_rule(rollout: Rollout, delimiter: str = "\n") -> list[float]:
     if wrong is None and rollout.verdict.correct is False:
         wrong = len(scores) - 1
     return [float(wrong is None or i < wrong) for i in range(len(scores))]
+
+
+def by_paths(group: Group, delimiter: str = "\n", *, decode: Decode) -> list[list[float]]:
+    """For each judged rollout of a group: after each step, the share of the group's paths through it that were right.
+
+    Costs nothing, and says little where paths part early: a step that no other path shares is worth its own outcome.
+    """
+    rollouts = group.scored
+    paths = [_cut(r.trajectory, delimiter, decode) for r in rollouts]
+    rows = step_labels(paths, [r.verdict.correct for r in rollouts])
+    found = {tuple(row["prompt"]) + tuple(row["completion"]): row["soft"] for row in rows}
+    return [found[path.ids] for path in paths]
+
+
+def _cut(path: Trajectory, delimiter: str, decode: Decode) -> Trajectory:
+    """The same tokens, one step per step of the response."""
+    ids = path.ids[len(path.prompt) :]
+    ends = step_ends(path, delimiter, decode)
+    pieces = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return Trajectory(path.prompt, tuple(Step(piece, (0.0,) * len(piece)) for piece in pieces), path.end)
 
 
 async def by_rollouts(

@@ -105,6 +105,22 @@ class SelfJudgement:
 
 
 @dataclass(frozen=True)
+class ProcessModel:
+    """A trained process reward model: its + or - behind the path, one token (`reasoner prm train`)."""
+
+    checkpoint: str
+    top: int = 20
+    yes: ClassVar[str] = "+"
+    no: ClassVar[str] = "-"
+
+    def check(self, engine: Engine) -> None:
+        SelfJudgement(top=self.top).check(engine)
+
+    def open(self, question: Question, engine: Engine, pool: Pool) -> Score:
+        return SelfScore(engine, ask="", yes=self.yes, no=self.no, top=self.top, turn=False)
+
+
+@dataclass(frozen=True)
 class VerifierScore:
     """The task's own verifier with its answer key, for training: a path that ended is worth its verdict.
 
@@ -150,7 +166,12 @@ def _require_steps(engine: Engine) -> None:
         raise ValueError("it judges steps, but sampling.step is empty: set the delimiter, e.g. '\\n'")
 
 
-SCORES: dict[str, type[ScoreKind]] = {"process": Process, "self": SelfJudgement, "verifier": VerifierScore}
+SCORES: dict[str, type[ScoreKind]] = {
+    "process": Process,
+    "self": SelfJudgement,
+    "prm": ProcessModel,
+    "verifier": VerifierScore,
+}
 
 
 def question_of(task: Task) -> Question:
