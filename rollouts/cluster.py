@@ -1,34 +1,38 @@
-"""Ray: starts or joins a cluster, places engine actors on it, routes extensions to them, sends them new weights.
+"""Ray: starts or joins a cluster, hosts engines in actors on its nodes, carries new weights to them.
 
 The only file that imports ray. Knows nothing of tasks, verifiers or learning. `Engines` is the `Engine` that a search
-sees: it gathers the extensions asked for in one turn of the event loop into one call per actor.
+sees; behind it, `fleet` keeps the actors at work whatever dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rollouts.request import Placement, Reply, Request
+from rollouts.fleet import ClusterError, Deadlines, EngineState, Fleet, Lost, NoRoom, Refused, Weights
+from rollouts.request import Placement, Replies, Reply, Request
 from rollouts.writing import write
 from search.base import END, Offer, Sampling, Trajectory, Until
 from search.tree import Ledger
@@ -37,14 +41,8 @@ if TYPE_CHECKING:
     import torch
 
 CONNECT_DEADLINE = 20.0  # seconds for a Ray address to answer
-START_DEADLINE = 300.0  # seconds for an engine to load its checkpoint
-REPLY_DEADLINE = 600.0  # seconds without any reply from an engine that has work
-SYNC_DEADLINE = 300.0  # seconds for one phase of a weight push
 CHUNK_BYTES = 256 * 2**20  # one file of a weight push holds about this much
-
-
-class ClusterError(RuntimeError):
-    """What a person can mend: an address that does not answer, too few resources, an engine that died."""
+VLLM = "rollouts.vllm_engine:VLLMEngine"
 
 
 @contextmanager
@@ -92,35 +90,48 @@ def _require_answer(address: str) -> None:
 class Engines:
     """Engine actors behind the `Engine` interface. Make with `start`; `at` gives views with other sampling."""
 
-    def __init__(self, fleet: _Fleet, sampling: Sampling) -> None:
-        self._fleet = fleet  # shared by all views
+    def __init__(self, host: _Host, fleet: Fleet, sampling: Sampling) -> None:
+        self._host, self._fleet = host, fleet  # shared by all views
         self.sampling = sampling
 
     @classmethod
-    def start(cls, checkpoint: Path, placement: Placement, sampling: Sampling, seed: int) -> Engines:
-        """Place the actors and wait until each serves `checkpoint`. Raises ClusterError with what is missing."""
-        return cls(_Fleet(checkpoint, placement, seed), sampling)
+    def start(
+        cls,
+        checkpoint: Path,
+        placement: Placement,
+        sampling: Sampling,
+        seed: int,
+        *,
+        engine: str = VLLM,
+        deadlines: Deadlines | None = None,
+    ) -> Engines:
+        """Place the actors and wait until each serves `checkpoint`. Raises ClusterError with what is missing.
+
+        engine: "module:class" of what the actors run, with the methods of `vllm_engine.VLLMEngine`.
+        """
+        host = _Host(checkpoint, placement, seed, engine)
+        return cls(host, Fleet(host, placement.count, deadlines), sampling)
 
     @property
     def offers(self) -> frozenset[Offer]:
-        return self._fleet.placement.offers
+        return self._host.placement.offers
 
     @property
     def ledger(self) -> Ledger:
         return self._fleet.ledger
 
     def at(self, **changes: float | int | str) -> Engines:
-        return Engines(self._fleet, replace(self.sampling, **changes))
+        return Engines(self._host, self._fleet, replace(self.sampling, **changes))
 
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
-        return write(self._fleet.tokenizer, path, text, turn=turn)
+        return write(self._host.tokenizer, path, text, turn=turn)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """`n` continuations of `path`; see `search.base.Engine`."""
         if path.end is not None:
             raise ValueError(f"a path that ended ({path.end}) cannot be extended")
-        room = min(self.sampling.max_tokens - path.length, self._fleet.placement.max_model_len - len(path.ids))
+        room = min(self.sampling.max_tokens - path.length, self._host.placement.max_model_len - len(path.ids))
         request = Request.children(path, n, until, self.sampling, room)
         if room <= 0:
             return [replace(path, end="length", seed=seed) for seed in request.seeds]
@@ -128,24 +139,13 @@ class Engines:
         return [_grown(path, request, seed, reply) for seed, reply in zip(request.seeds, replies, strict=True)]
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Push weights into every engine in flight (vLLM's four phases) and check the version that each reports.
+        """Push weights into every engine, in flight. One that fails is replaced, and its successor gets them.
 
         Args:
             tensors: (name in the checkpoint, tensor), the whole model.
             version: of the policy, > 0.
         """
-        call = self._fleet.call
-        call("start_weight_update")
-        folder = Path(tempfile.mkdtemp(prefix="reasoner-", dir="/dev/shm"))
-        try:
-            for path, digest in _chunks(tensors, folder):
-                call("update_weights", {"path": str(path), "digest": digest})
-                path.unlink()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        reported = call("finish_weight_update", version)
-        if set(reported) != {version}:
-            raise ClusterError(f"engines report versions {reported} after a push of version {version}")
+        self._fleet.push(Weights(version, tuple(_chunks(tensors))))
 
     def checksums(self) -> dict[str, str]:
         """Of the loaded tensors; raises ClusterError when two engines disagree."""
@@ -156,44 +156,44 @@ class Engines:
                 raise ClusterError(f"engines hold different weights, first in {differing[0]}")
         return first
 
+    def states(self) -> list[EngineState]:
+        """What each engine does now, the weights it holds and how far these are behind."""
+        return self._fleet.states()
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Requests that had to be asked again, by reason."""
+        return self._fleet.dropped
+
+    def record(self, path: Path) -> None:
+        """Append every change of an engine's state, past and to come, to a file of JSON lines (`EngineState`)."""
+        self._fleet.record(path)
+
+    def pids(self) -> list[list[int]]:
+        """The processes of each engine, on whatever node it is: its actor's, then those that this one started."""
+        return self._fleet.call("pids")
+
     def stop(self) -> None:
         """End the actors and the processes they started; safe to call twice."""
         self._fleet.stop()
 
 
-class _Fleet:
-    """The actors, and the extensions that wait to be sent to them."""
+class _Host:
+    """Engines as Ray actors, one to a bundle of a placement group that spreads them over the nodes."""
 
-    def __init__(self, checkpoint: Path, placement: Placement, seed: int) -> None:
+    def __init__(self, checkpoint: Path, placement: Placement, seed: int, engine: str) -> None:
         _require_resources(placement)
         self.placement = placement
-        self.ledger = Ledger()
-        self._checkpoint = checkpoint
-        self._pending: list[tuple[int, Request, asyncio.Future]] = []
-        self._tasks: set[asyncio.Task] = set()
-        self._processes: list[psutil.Process] = []
-        make = ray.remote(_Actor).options(
+        bundle = {"CPU": 1.0, **({"GPU": placement.gpus} if placement.gpus else {})}
+        self._group = placement_group([bundle] * placement.count, strategy="SPREAD")
+        self._options = dict(
             num_cpus=1,
-            # Weights go through this machine's /dev/shm, so engines live on the driver's node.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
             num_gpus=placement.gpus,
             runtime_env={"env_vars": _environment(checkpoint, placement)},
             max_concurrency=10_000,  # an async actor: many extensions wait at once
         )
-        self._actors = [make.remote(str(checkpoint.resolve()), placement, seed) for _ in range(placement.count)]
-        try:
-            families = ray.get([actor.pids.remote() for actor in self._actors], timeout=START_DEADLINE)
-            self._processes = [psutil.Process(pid) for family in families for pid in family]
-            self.call("init_weight_transfer_engine", {})
-        except ray.exceptions.GetTimeoutError:
-            self.stop()
-            raise ClusterError(f"an engine did not load {checkpoint} within {START_DEADLINE:.0f} s") from None
-        except ray.exceptions.RayError as error:
-            self.stop()
-            raise ClusterError(f"an engine could not start on {checkpoint}: {_root_cause(error)}") from error
-        except BaseException:
-            self.stop()
-            raise
+        self._checkpoint = checkpoint
+        self._arguments = engine, str(checkpoint.resolve()), placement, seed
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -202,99 +202,124 @@ class _Fleet:
 
         return AutoTokenizer.from_pretrained(self._checkpoint)
 
-    def ask(self, key: int, request: Request) -> asyncio.Future:
-        """Queue a request for the actor of its prompt (same prompt, same prefix cache), sent when this turn ends."""
-        loop = asyncio.get_running_loop()
-        if not self._pending:
-            loop.call_soon(self._flush)
-        reply = loop.create_future()
-        self._pending.append((key % len(self._actors), request, reply))
-        return reply
+    async def start(self, seat: int, room: float) -> _Remote:
+        node = await asyncio.to_thread(self._node, seat, room)
+        bundle = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=seat)
+        actor = ray.remote(_Actor).options(scheduling_strategy=bundle, **self._options)
+        return _Remote(actor.remote(*self._arguments), node)
 
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for index, actor in enumerate(self._actors):
-            mine = [(request, reply) for owner, request, reply in pending if owner == index]
-            if mine:
-                task = asyncio.ensure_future(self._collect(actor, *zip(*mine, strict=True)))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-
-    async def _collect(self, actor: Any, requests: tuple[Request, ...], replies: tuple[asyncio.Future, ...]) -> None:
-        """Run one call on an actor and hand each reply to whoever waits for it."""
-        stream = actor.extend.options(num_returns="streaming").remote(list(requests))
-        try:
-            left = len(requests)
-            while left:
-                complete = await asyncio.wait_for(_next(stream), REPLY_DEADLINE)
-                left -= len(complete)
-                for index, steps in complete:
-                    self.ledger.generated += sum(len(reply.step.ids) for reply in steps)
-                    self.ledger.prefilled += sum(reply.prefilled for reply in steps)
-                    self.ledger.cached += sum(reply.step.cached for reply in steps)
-                    if not replies[index].done():  # cancelled by its search
-                        replies[index].set_result(steps)
-        except Exception as error:  # the rim: whatever broke, the callers must hear of it
-            what = f"no reply within {REPLY_DEADLINE:.0f} s" if isinstance(error, TimeoutError) else _root_cause(error)
-            for reply in replies:
-                if not reply.done():
-                    reply.set_exception(ClusterError(f"an engine failed: {what}"))
-
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """The same call on every actor, within a deadline."""
-        try:
-            return ray.get([getattr(a, method).remote(*args) for a in self._actors], timeout=SYNC_DEADLINE)
-        except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"an engine did not finish {method} within {SYNC_DEADLINE:.0f} s") from None
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"{method} failed: {_root_cause(error)}") from error
+    def _node(self, seat: int, room: float) -> str:
+        """Where this seat's bundle is. Ray finds another node for it when it had to leave one that died."""
+        deadline = time.monotonic() + room
+        while True:
+            place = placement_group_table(self._group)["bundles_to_node_id"].get(seat)
+            names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+            if place in names:
+                return f"{names[place]}/{place[:6]}"
+            if time.monotonic() > deadline:
+                raise NoRoom(f"no node has room for it within {room:g} s: {_shortage(self.placement)}")
+            time.sleep(0.2)
 
     def stop(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        for process in psutil.wait_procs(self._processes, timeout=3)[
-            1
-        ]:  # psutil knows a reused pid for another process
-            process.kill()
-        self._actors, self._processes = [], []
+        remove_placement_group(self._group)
+
+
+class _Remote:
+    """One actor, with Ray's errors told as the fleet knows them."""
+
+    def __init__(self, actor: Any, node: str) -> None:
+        self._actor, self.node = actor, node
+
+    async def call(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._actor, method).remote(*args)
+        except ray.exceptions.RayError as error:
+            raise _told(error) from error
+
+    async def extend(self, requests: list[Request]) -> AsyncIterator[Replies]:
+        try:
+            async for complete in self._actor.extend.options(num_returns="streaming").remote(requests):
+                yield await complete
+        except ray.exceptions.RayError as error:
+            raise _told(error) from error
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
 
 
 class _Actor:
-    """What Ray runs: a VLLMEngine, imported on the worker so that the driver never loads vllm."""
+    """What Ray runs: an engine, imported on the worker so that the driver never loads vllm.
 
-    def __init__(self, checkpoint: str, placement: Placement, seed: int) -> None:
-        from rollouts.vllm_engine import VLLMEngine
+    Tells what breaks as Lost (the engine cannot go on) or Refused (it can), in words: the driver knows none of the
+    engine's own exceptions.
+    """
 
-        self._engine = VLLMEngine(checkpoint, placement, seed)
+    def __init__(self, engine: str, checkpoint: str, placement: Placement, seed: int) -> None:
+        self._make, self._arguments = engine, (checkpoint, placement, seed)
+        self._engine: Any = None
+
+    async def ready(self) -> int:
+        """The version of the weights being served; returns once the engine can work."""
+        async with self._telling():
+            if self._engine is None:
+                module, name = self._make.split(":")
+                self._engine = getattr(importlib.import_module(module), name)(*self._arguments)
+            return await self._engine.ready()
 
     async def pids(self) -> list[int]:
-        """This process and those it started; returns once the engine can work."""
-        await self._engine.ready()
+        """This process and those it started."""
         me = psutil.Process()
         return [me.pid, *(child.pid for child in me.children(recursive=True))]
 
     async def extend(self, requests: list[Request]):
-        async for complete in self._engine.extend(requests):
-            yield complete
+        async with self._telling():
+            async for complete in self._engine.extend(requests):
+                yield complete
 
     async def init_weight_transfer_engine(self, info: dict) -> None:
-        await self._engine.init_weight_transfer_engine(info)
+        async with self._telling():
+            await self._engine.init_weight_transfer_engine(info)
 
     async def start_weight_update(self) -> None:
-        await self._engine.start_weight_update()
+        async with self._telling():
+            await self._engine.start_weight_update()
 
-    async def update_weights(self, info: dict) -> None:
-        await self._engine.update_weights(info)
+    async def update_weights(self, data: np.ndarray, digest: str) -> None:
+        """`data` (bytes of a safetensors file) lies in the node's object store, which the engine's workers cannot read:
+        they get it as a file in memory, which ends with this process."""
+        async with self._telling():
+            with os.fdopen(os.memfd_create("weights"), "wb") as file:
+                file.write(data)
+                file.flush()
+                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+                await self._engine.update_weights({"path": path, "digest": digest})
 
     async def finish_weight_update(self, version: int) -> int:
-        return await self._engine.finish_weight_update(version)
+        async with self._telling():
+            return await self._engine.finish_weight_update(version)
 
     async def checksums(self) -> dict[str, str]:
-        return await self._engine.checksums()
+        async with self._telling():
+            return await self._engine.checksums()
+
+    @asynccontextmanager
+    async def _telling(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:
+            words = f"{type(error).__name__}: {_last_line(error)}"
+            raise (Lost if self._engine is not None and self._engine.dead else Refused)(words) from None
 
 
-async def _next(stream: Any) -> list[tuple[int, list[Reply]]]:
-    return await (await anext(stream))
+def _told(error: Exception) -> Exception:
+    """A Ray error as what it means for the engine."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error.cause, Lost | Refused):
+            return error.cause
+        return Lost(_last_line(error))
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return Lost("Ray killed it: its node is out of memory")
+    return Lost("its process or its node died")
 
 
 def _grown(path: Trajectory, request: Request, seed: int, reply: Reply) -> Trajectory:
@@ -307,26 +332,27 @@ def _grown(path: Trajectory, request: Request, seed: int, reply: Reply) -> Traje
     return path.grow(reply.step, end=end, seed=seed)
 
 
-def _chunks(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Iterator[tuple[Path, str]]:
-    """Write tensors to files of about CHUNK_BYTES; yields (file, digest) as each is complete."""
+def _chunks(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[ray.ObjectRef, str]]:
+    """Tensors in Ray's object store as safetensors files of about CHUNK_BYTES; yields (reference, digest).
+
+    Each node that has an engine fetches a chunk once.
+    """
     from safetensors.torch import save
 
-    def written(chunk: dict[str, torch.Tensor], number: int) -> tuple[Path, str]:
+    def stored(chunk: dict[str, torch.Tensor]) -> tuple[ray.ObjectRef, str]:
         data = save(chunk)
-        path = folder / f"{number}.safetensors"
-        path.write_bytes(data)
-        return path, hashlib.blake2b(data, digest_size=16).hexdigest()
+        return ray.put(np.frombuffer(data, np.uint8)), hashlib.blake2b(data, digest_size=16).hexdigest()
 
     chunk: dict[str, torch.Tensor] = {}
-    size = number = 0
+    size = 0
     for name, tensor in tensors:
         chunk[name] = tensor.detach().to("cpu", copy=True).contiguous()  # a copy: safetensors refuses shared storage
         size += tensor.nbytes
         if size >= CHUNK_BYTES:
-            yield written(chunk, number)
-            chunk, size, number = {}, 0, number + 1
+            yield stored(chunk)
+            chunk, size = {}, 0
     if chunk:
-        yield written(chunk, number)
+        yield stored(chunk)
 
 
 def _environment(checkpoint: Path, placement: Placement) -> dict[str, str]:
@@ -342,16 +368,26 @@ def _environment(checkpoint: Path, placement: Placement) -> dict[str, str]:
 
 
 def _require_resources(placement: Placement) -> None:
-    have = ray.cluster_resources()
-    for kind, need in (("CPU", placement.count), ("GPU", placement.count * placement.gpus)):
-        if have.get(kind, 0) < need:
-            raise ClusterError(
-                f"engine.count = {placement.count} needs {need:g} {kind}, the Ray cluster has {have.get(kind, 0):g}: "
-                "lower engine.count or engine.gpus"
-            )
+    if missing := _shortage(placement):
+        raise ClusterError(f"{missing}: lower engine.count or engine.gpus, or add nodes")
 
 
-def _root_cause(error: BaseException) -> str:
-    """The last line of what a worker raised, without Ray's wrapping."""
-    cause = error.as_instanceof_cause() if isinstance(error, ray.exceptions.RayTaskError) else error
-    return str(cause).strip().splitlines()[-1][:500] if str(cause).strip() else type(cause).__name__
+def _shortage(placement: Placement) -> str:
+    """What the cluster lacks for these engines even when nothing else runs on it, or ""."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(_fit(node, placement)) for node in nodes)
+    if room >= placement.count:
+        return ""
+    have = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes)
+    need = f"1 CPU and {placement.gpus:g} GPU" if placement.gpus else "1 CPU"
+    return f"engine.count = {placement.count} with {need} each, but the Ray cluster has room for {room} (nodes: {have})"
+
+
+def _fit(node: dict[str, float], placement: Placement) -> float:
+    """How many engines a node has room for."""
+    return min(node.get("CPU", 0), node.get("GPU", 0) / placement.gpus if placement.gpus else float("inf"))
+
+
+def _last_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[-1][:500] if text else type(error).__name__

@@ -65,3 +65,6 @@ class Reply:
     step: Step
     stopped: bool  # by the end-of-sequence token, not by a limit or a step delimiter
     prefilled: int  # prompt tokens computed
+
+
+Replies = list[tuple[int, list[Reply]]]  # of the requests of one call that are complete: (index in the call, replies)

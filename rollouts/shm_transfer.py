@@ -1,9 +1,9 @@
 """The worker's half of weight transfer through shared memory: backend `shm` of vLLM's weight-transfer protocol.
 
-vLLM ships no weight-transfer backend for the CPU. This one reads safetensors that the sender (`cluster.py`) left in
-/dev/shm, checks their digest, and loads them layer by layer: a plain `model.load_weights` would meet tensors that
-oneDNN prepacking has emptied. It works for GPU workers on the same machine too. Loaded into every vLLM worker
-through `worker_extension_cls`, which imports this module before the model.
+vLLM ships no weight-transfer backend for the CPU. This one reads safetensors from a file that its actor (`cluster.py`)
+holds in memory, checks their digest, and loads them layer by layer: a plain `model.load_weights` would meet tensors
+that oneDNN prepacking has emptied. It works for GPU workers too. Loaded into every vLLM worker through
+`worker_extension_cls`, which imports this module before the model.
 """
 
 from __future__ import annotations

@@ -80,9 +80,16 @@ class VLLMEngine:
         self._gate = asyncio.Lock()  # held for one step, and from the start of an update to its end
         gc.freeze()  # what is loaded stays: the collector need not look at it again
 
-    async def ready(self) -> str:
-        """The version label of the weights being served; returns once the engine can work."""
-        return self._core.engine_core.get_weight_version()
+    async def ready(self) -> int:
+        """The version of the weights being served, told between two steps of the model: a hung engine does not."""
+        loop = asyncio.get_running_loop()
+        label = await loop.run_in_executor(self._thread, self._core.get_weight_version)
+        return 0 if label == "default" else int(label)  # vLLM calls the weights it started with "default"
+
+    @property
+    def dead(self) -> bool:
+        """Whether a step of the model broke: nothing that comes after it can be trusted."""
+        return self._broken is not None
 
     async def extend(self, requests: list[Request]) -> AsyncIterator[list[tuple[int, list[Reply]]]]:
         """Sample every request; yields (index, its replies) of those that are complete, after each step with any.
