@@ -277,7 +277,7 @@ class Fleet:
             await self._update(seat, self._weights)
         seat.up = seat.served = True
         self._enter(seat, "serving")
-        self._work(seat, self._beat(seat))
+        self._work(self._beat, seat)
         waiting, self._waiting = self._waiting, []
         self._send(waiting)
 
@@ -308,13 +308,13 @@ class Fleet:
         waiting, self._waiting = self._waiting, []
         self._send(jobs + waiting)
 
-    def _work(self, seat: _Seat, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something of this life; its failure ends the life."""
+    def _work(self, work: Callable[..., Awaitable[None]], seat: _Seat, *args: Any) -> asyncio.Task[None]:
+        """Run something of this seat's life; its failure ends the life."""
         life = seat.lost
 
         async def guarded() -> None:
             try:
-                await work
+                await work(seat, *args)
             except (Lost, Refused) as error:
                 seat.fail(life, str(error))
             except Exception as error:
@@ -333,7 +333,7 @@ class Fleet:
 
     async def _push(self, weights: Weights) -> None:
         self._weights = weights  # from here on, an engine that starts gets these
-        tasks = [self._work(seat, self._refresh(seat, weights)) for seat in self._seats if seat.up]
+        tasks = [self._work(self._refresh, seat, weights) for seat in self._seats if seat.up]
         if tasks:
             await asyncio.wait(tasks)
         self._require_hope()
@@ -368,7 +368,7 @@ class Fleet:
             self._require_hope()
             answers: list[Any] = []
             up = [seat for seat in self._seats if seat.up]
-            await asyncio.wait([self._work(seat, self._answer(seat, method, answers)) for seat in up])
+            await asyncio.wait([self._work(self._answer, seat, method, answers) for seat in up])
             if answers:
                 return answers
 
@@ -398,7 +398,7 @@ class Fleet:
             mine.setdefault(owner, []).append(job)
         for seat, batch in mine.items():
             seat.jobs |= dict.fromkeys(batch)
-            self._work(seat, self._collect(seat, batch))
+            self._work(self._collect, seat, batch)
 
     async def _collect(self, seat: _Seat, jobs: list[_Job]) -> None:
         """Run one call on an engine and hand each reply to whoever waits for it."""
