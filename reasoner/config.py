@@ -49,6 +49,9 @@ class Learner:
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
     micro_batches: int = 1  # pieces that a batch is cut into to save memory
     max_grad_norm: float = 1.0
+    router_replay: bool = (
+        False  # the update uses the experts that the rollout used (engine.kind = "paged" records them)
+    )
     balance_rate: float = 0.001  # step of the router bias towards equal load (models with our MoE)
     report_to: tuple[str, ...] = ()  # "tensorboard", "wandb": TRL's own
 
@@ -304,6 +307,11 @@ def _check_policy(run: Run, learner: Learner) -> None:
         raise ConfigError(
             f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or "
             "sequence_mask"
+        )
+    if learner.router_replay and run.engine.kind != "paged":
+        raise ConfigError(
+            f"learner.router_replay = true with engine.kind = {run.engine.kind!r}, which records no experts: use "
+            "engine.kind = 'paged', or leave it out"
         )
     if learner.loss not in LOSSES:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")

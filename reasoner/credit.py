@@ -38,6 +38,7 @@ class Sample:
     loss_mask: tuple[bool, ...]  # True where the policy sampled the token
     logprobs: tuple[float, ...]  # under the policy that sampled it (nats); 0.0 where not sampled
     advantages: tuple[float, ...]
+    experts: bytes = b""  # that read the tokens, the last one left out, where the engine records them: see `Step`
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.loss_mask), len(self.logprobs), len(self.advantages)}
@@ -329,6 +330,7 @@ def spread(path: Trajectory, advantage: float | Sequence[float]) -> Sample:
         loss_mask=(False,) * blank + tuple(sampled for _, sampled, _ in tokens),
         logprobs=(0.0,) * blank + tuple(lp if sampled else 0.0 for _, sampled, lp in tokens),
         advantages=(0.0,) * blank + tuple(a if t[1] else 0.0 for t, a in zip(tokens, each, strict=True)),
+        experts=b"".join(s.experts for s in path.steps),
     )
 
 

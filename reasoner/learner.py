@@ -7,6 +7,7 @@ on in TRL 1.16 is pinned by tests/reasoner/test_trl_contract.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from reasoner.config import Learner  # noqa: E402
 from reasoner.credit import Sample  # noqa: E402
+from reasoner.logprobs import is_plain, recorded_experts, token_logprobs  # noqa: E402
 from reasoner.model import balance  # noqa: E402
 
 # Shape suffixes: B samples, P prompt tokens (padded on the left), T completion tokens (padded on the right).
@@ -92,8 +94,35 @@ class PolicyTrainer(GRPOTrainer):
         self.use_vllm = True  # the samples come from an engine: without this TRL ignores their log-probabilities
         self._batches = batches
         self._started = False
+        self._experts: Tensor | None = None  # of the batch now in work, for router replay
         self.mismatch = float("nan")
         self.step_metrics: dict[str, float] = {}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        self._experts = inputs.get("experts")
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **rest: Any
+    ) -> tuple[Tensor, Tensor, None]:
+        """TRL's own on a CPU works the head out for every column, prompts too; here only completions cost one."""
+        if not is_plain(model):  # wrapped by accelerate or PEFT, or with a head of its own
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **rest
+            )
+        size = batch_size or len(input_ids)
+        given = zip(
+            input_ids.split(size),
+            attention_mask.split(size),
+            itertools.repeat(None) if self._experts is None else self._experts.split(size),
+            strict=False,
+        )
+        parts = [
+            token_logprobs(model, ids_BL, mask_BL, logits_to_keep, temperature=self.temperature, experts=experts)
+            for ids_BL, mask_BL, experts in given
+        ]
+        logps, entropies = zip(*parts, strict=True)
+        return torch.cat(logps), torch.cat(entropies), None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         return self._tensors(self._next_batch())
@@ -121,9 +150,11 @@ class PolicyTrainer(GRPOTrainer):
 
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The batch in the form of TRL's own generation, with advantages (B, T)."""
-        batch = collate(samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation)
+        batch = collate(
+            samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation, config=self.model.config
+        )
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        mask_BT = batch["tool_mask"]
+        mask_BT, self._experts = batch["tool_mask"], batch.get("experts")
         with torch.no_grad():
             logps_BT, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
@@ -143,10 +174,11 @@ class PolicyTrainer(GRPOTrainer):
         }
 
 
-def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1) -> dict[str, Tensor]:
+def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: Any = None) -> dict[str, Tensor]:
     """Tensors of TRL's batch. The completion of a sample begins at its first sampled token.
 
-    Rows that fill the batch up to a multiple repeat the first one with nothing to learn from it.
+    Rows that fill the batch up to a multiple repeat the first one with nothing to learn from it. config: the model's,
+    to read the samples' experts with; they come as (B, P + T, layers, K).
     """
     starts = [s.loss_mask.index(True) for s in samples]
     cut = list(zip(samples, starts, strict=True))
@@ -167,8 +199,12 @@ def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1) -> dict[s
     }
     widest = batch["prompt_ids"].shape[1]
     batch["prompt_mask"] = torch.tensor([[0] * (widest - i) + [1] * i for i in starts])
+    width = widest + batch["completion_ids"].shape[1]
+    experts = recorded_experts([s.experts for s in samples], [widest - i for i in starts], width, config)
+    if experts is not None:
+        batch["experts"] = experts
     if spare := -len(samples) % multiple:
-        batch = {name: torch.cat([t, t[:1].expand(spare, -1)]) for name, t in batch.items()}
+        batch = {name: torch.cat([t, t[:1].expand(spare, *t.shape[1:])]) for name, t in batch.items()}
         batch["tool_mask"][-spare:] = 0
         batch["advantages"][-spare:] = 0.0
     return batch
@@ -200,12 +236,16 @@ def _scored(model: PreTrainedModel, samples: Sequence[Sample], pad: int, rows: i
     """The samples in batches: the model's log-probabilities of the completions (B, T), and the collated batch."""
     model.eval()
     for start in range(0, len(samples), rows):
-        batch = collate(samples[start : start + rows], pad)
+        batch = collate(samples[start : start + rows], pad, config=model.config)
         ids_BL = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).to(model.device)
         mask_BL = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).to(model.device)
         kept = batch["completion_ids"].shape[1]
-        logits_BTV = model(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=kept + 1).logits[:, :-1].float()
-        yield logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, -kept:, None])[..., 0].cpu(), batch
+        if is_plain(model):
+            logps_BT, _ = token_logprobs(model, ids_BL, mask_BL, kept, experts=batch.get("experts"))
+        else:
+            logits_BTV = model(input_ids=ids_BL, attention_mask=mask_BL, logits_to_keep=kept + 1).logits[:, :-1].float()
+            logps_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, -kept:, None])[..., 0]
+        yield logps_BT.cpu(), batch
 
 
 def importance_ratio(difference_BT: Tensor, mode: str, highest: float) -> Tensor:

@@ -331,6 +331,7 @@ def _paged(run: Run, checkpoint: Path, tokenizer: Any) -> Any:
         rows=run.engine.max_num_seqs,
         context=run.engine.max_model_len,
         cache_gib=run.engine.kv_cache_gib,
+        record=getattr(run.learner, "router_replay", False),
     )
 
 

@@ -7,6 +7,8 @@ system allows; a torn last line (a kill, a full disk) is cut when the journal is
 from __future__ import annotations
 
 import json
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +80,7 @@ def _path_row(path: Trajectory) -> dict[str, Any]:
                 "text": s.text,
                 "sampled": s.sampled,
                 "versions": s.versions,
+                **({"experts": b64encode(zlib.compress(s.experts)).decode()} if s.experts else {}),
             }
             for s in path.steps
         ],
@@ -101,6 +104,7 @@ def _path(row: dict[str, Any]) -> Trajectory:
             text=s["text"],
             sampled=s["sampled"],
             versions=tuple(map(tuple, s["versions"])),
+            experts=zlib.decompress(b64decode(s["experts"])) if "experts" in s else b"",
         )
         for s in row["steps"]
     )

@@ -39,8 +39,12 @@ def test_logprobs_come_from_the_method_we_call():
     assert parameters[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
 
 
-def test_we_override_that_one_method_alone():
+def test_we_override_these_three_methods_alone():
     from reasoner.learner import PolicyTrainer
 
     own = {name for name in vars(PolicyTrainer) if hasattr(GRPOTrainer, name)}
-    assert own - {"__module__", "__doc__", "__init__"} <= {"_generate_and_score_completions"}
+    assert own - {"__module__", "__doc__", "__init__"} == {
+        "_generate_and_score_completions",
+        "_compute_loss",  # to know the experts of the rows in it
+        "_get_per_token_logps_and_entropies",
+    }

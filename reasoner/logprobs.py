@@ -1,0 +1,76 @@
+"""Log-probabilities of given tokens under a model, without its logits: hidden states, then the RL head's kernel.
+
+Knows nothing of losses or of who sampled the tokens. Neighbours: `learner` trains and measures through it,
+`kernels.token_logprob` walks the vocabulary.
+
+Shapes: B rows, L columns, T kept columns at the end of each row, D model width, K experts chosen per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reasoner.kernels import token_logprob
+
+# What some architectures do to their logits: such a head is more than one matrix.
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def is_plain(model: Any) -> bool:
+    """Whether the logits of `model` are its last hidden states times one matrix."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return False
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED)
+    return head is not None and getattr(head, "bias", None) is None and not scaled
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    kept: int,
+    *,
+    temperature: float = 1.0,
+    experts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T) in nats of the last `kept` = T tokens of each row, and the entropies of their laws.
+
+    0 in both where the mask is. Differentiable. Columns before the last T are read and cost no head at all.
+
+    experts: (B, L, layers, K) recorded ids for our own model to use instead of choosing, negative: choose.
+    """
+    more = {} if experts is None else {"experts": experts}
+    out = model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more)
+    real_BT = mask_BL[:, -kept:].bool()
+    hidden_ND = out.last_hidden_state[:, -kept - 1 : -1][real_BT]
+    logp_N, entropy_N = token_logprob(
+        hidden_ND, model.get_output_embeddings().weight, ids_BL[:, -kept:][real_BT], temperature
+    )
+    blank_BT = logp_N.new_zeros(real_BT.shape)
+    return blank_BT.masked_scatter(real_BT, logp_N), blank_BT.masked_scatter(real_BT, entropy_N)
+
+
+def recorded_experts(rows: list[bytes], starts: list[int], width: int, config: Any) -> Tensor | None:
+    """The rows' records (`search.base.Step.experts`) as (B, width, layers, K) int16; row b begins at column starts[b].
+
+    None where no row has one. Raises ValueError for a record of a model of another shape.
+    """
+    if not any(rows):
+        return None
+    shape = (config.num_hidden_layers, config.num_experts_per_tok)
+    out = torch.full((len(rows), width, *shape), -1, dtype=torch.int16)
+    for row, record, start in zip(out, rows, starts, strict=True):
+        count, rest = divmod(len(record), 2 * shape[0] * shape[1])
+        if rest or count > width - start:
+            raise ValueError(
+                f"a record of {len(record)} bytes is not that of at most {width - start} tokens in {shape[0]} layers "
+                f"with {shape[1]} experts each: it was made by another model"
+            )
+        if count:
+            row[start : start + count] = torch.frombuffer(bytearray(record), dtype=torch.int16).view(count, *shape)
+    return out
