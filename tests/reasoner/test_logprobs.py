@@ -60,10 +60,8 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_logits(make,
     model, given = make(), batch()
     weights = torch.randn(5, 4)
     results = []
-    for logp, entropy in (
-        token_logprobs(model, *given, temperature=temperature),
-        by_logits(model, *given, temperature),
-    ):
+    for way in (token_logprobs, by_logits):
+        logp, entropy = way(model, *given, temperature=temperature)
         model.zero_grad()
         ((logp * weights).sum() + 0.3 * entropy.sum()).backward()
         results.append((logp, entropy, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
