@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
 from reasoner import prm_command, verify  # noqa: E402
-from reasoner.config import ConfigError, Run, load  # noqa: E402
+from reasoner.config import ConfigError, Run, load, resume  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,12 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
         if config:
             sub.epilog = "Any key of the config can be overridden: --steps=10 --learner.lr=1e-4"
-            sub.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
+            many = "?" if name == "train" else None
+            sub.add_argument("config", type=Path, nargs=many, help="a TOML file, e.g. configs/quickstart.toml")
         return sub
 
     where = "start Ray here, join a running cluster, or connect to one (default: local)"
     sub = command("train", _train, "train a model and evaluate it before and after")
     sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
+    sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, e.g. runs/quickstart")
     sub.add_argument("--dry-run", action="store_true", help="check all, print the plan, load and write nothing")
     sub = command("eval", _eval, "evaluate a checkpoint on the held-out tasks")
     sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
@@ -72,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    run = load(args.config, args.overrides)
+    if not args.resume and not args.config:
+        raise ConfigError("train needs a config, e.g. configs/quickstart.toml, or --resume RUN")
+    run = resume(args.resume, args.config, args.overrides) if args.resume else load(args.config, args.overrides)
     if args.dry_run:
         print(plan(run))
         return
@@ -82,7 +86,7 @@ def _train(args: argparse.Namespace) -> None:
 
     _quiet()
     screen = Screen()
-    folder = train(run, ray=args.ray, screen=screen)
+    folder = train(run, ray=args.ray, screen=screen, resume=args.resume)
     summary = json.loads((folder / "summary.json").read_text())
     screen.console.file.flush()
     from rich.console import Console

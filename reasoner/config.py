@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import json
 import tomllib
 import types
 import typing
@@ -82,6 +83,8 @@ class Run:
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     tasks_per_step: int = 32
+    max_lag: int = 0  # policy versions that rollouts may lag behind the learner; 0: synchronous and reproducible
+    rollout_timeout: float = 1800.0  # seconds for a group: then it is dropped, or with max_lag = 0 the run stops
     policies: Mapping[str, Any] = field(default_factory=dict)  # of verifiers, by name
     verifier_workers: int = 2
     verify_timeout: float = 10.0  # seconds for one verdict
@@ -90,6 +93,15 @@ class Run:
     cache: str = "cache"  # warmed-up and converted base models, by content hash
 
 
+OPERATIONAL = (  # keys that a resumed run may change: none of them changes what is learned from what
+    "cache",
+    "checkpoint_every",
+    "engine.kv_cache_gib",
+    "name",
+    "out",
+    "rollout_timeout",
+    "verifier_workers",
+)
 LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TRL 1.16
 BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
 
@@ -124,6 +136,42 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     run = _build(Run, tree, "")
     _cross_check(run)
     return run
+
+
+def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> Run:
+    """The run that `folder` holds, with overrides, which may change what OPERATIONAL names and nothing else.
+
+    Args:
+        given: a config file that is to describe the same run, or None.
+    """
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise ConfigError(f"{folder} has no config.json: give the folder of a run, e.g. runs/quickstart") from None
+    before = _build(Run, tree, "")
+    if given is not None:
+        now = load(given, overrides)
+    else:
+        for override in overrides:
+            _apply(tree, override)
+        now = _build(Run, tree, "")
+        _cross_check(now)
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if refused := [key for key in changed if key not in OPERATIONAL]:
+        told = ", ".join(f"{key} = {old.get(key)!r} in {folder}, now {new.get(key)!r}" for key in refused)
+        raise ConfigError(
+            f"a resumed run goes on as it was begun: {told}. Leave that out, or start a new run from its checkpoint "
+            'with base.kind = "pretrained"'
+        )
+    return now
+
+
+def _flat(tree: Any, where: str = "") -> dict[str, Any]:
+    """The leaves of nested tables, by dotted key."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {where: tree}
+    return {key: leaf for name, each in tree.items() for key, leaf in _flat(each, _dot(where, name)).items()}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -232,6 +280,7 @@ def _cross_check(run: Run) -> None:
     sampling, engine, evaluate, learner = run.sampling, run.engine, run.evaluate, run.learner
     positive = {
         "steps": run.steps + 1,  # 0 steps evaluates the base alone
+        "max_lag": run.max_lag + 1,
         "tasks_per_step": run.tasks_per_step,
         "verifier_workers": run.verifier_workers,
         "checkpoint_every": run.checkpoint_every,
@@ -242,10 +291,11 @@ def _cross_check(run: Run) -> None:
     }
     for key, value in positive.items():
         if value < 1:
-            least = 0 if key == "steps" else 1
+            least = 0 if key in ("steps", "max_lag") else 1
             raise ConfigError(f"{key} = {value - 1 + least} is too small: give at least {least}")
-    if run.verify_timeout <= 0:
-        raise ConfigError(f"verify_timeout = {run.verify_timeout} must be positive seconds")
+    for key in ("verify_timeout", "rollout_timeout"):
+        if getattr(run, key) <= 0:
+            raise ConfigError(f"{key} = {getattr(run, key)} must be positive seconds")
     if evaluate.k > evaluate.n:
         raise ConfigError(f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: raise n or lower k")
     if sampling.max_tokens >= engine.max_model_len:

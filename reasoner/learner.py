@@ -8,10 +8,12 @@ on in TRL 1.16 is pinned by tests/reasoner/test_trl_contract.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -30,12 +32,13 @@ from reasoner.model import balance  # noqa: E402
 # Shape suffixes: B samples, P prompt tokens (padded on the left), T completion tokens (padded on the right).
 
 Batches = Generator[list[Sample], dict[str, float], None]
+State = Mapping[str, Any]  # optimizer, learning-rate schedule, updates so far, random state
 
 
 def learn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Batches,
+    loop: Callable[[Callable[[], State]], Batches],
     learner: Learner,
     *,
     steps: int,
@@ -43,10 +46,15 @@ def learn(
     temperature: float,
     max_completion: int,
     folder: Path,
+    start: State | None = None,
 ) -> None:
     """One optimizer step per batch that the generator yields, at most `steps`; each step's metrics are sent back to it.
 
     The generator owns the loop: what it does after a `yield` happens when the step is done.
+
+    Args:
+        loop: makes the generator. It is given a function that returns the trainer's state as it is between two steps.
+        start: such a state: go on from there, bit for bit.
     """
     args = GRPOConfig(
         output_dir=str(folder),
@@ -69,7 +77,7 @@ def learn(
         vllm_importance_sampling_clip_max=learner.importance_max,
         **_common(seed, learner.report_to),
     )
-    trainer = PolicyTrainer(batches, model=model, processing_class=tokenizer, args=args)
+    trainer = PolicyTrainer(loop, start, model=model, processing_class=tokenizer, args=args)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_AfterStep(lambda: balance(model, learner.balance_rate)))
     trainer.add_callback(_OnLog(trainer.record))
@@ -83,7 +91,14 @@ def learn(
 class PolicyTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, its losses and its importance correction, on samples that were made elsewhere."""
 
-    def __init__(self, batches: Batches, *, args: GRPOConfig, **options: Any) -> None:
+    def __init__(
+        self,
+        loop: Callable[[Callable[[], State]], Batches],
+        start: State | None = None,
+        *,
+        args: GRPOConfig,
+        **options: Any,
+    ) -> None:
         rows = 2 * args.steps_per_generation * max(1, args.max_steps)
         super().__init__(
             reward_funcs=_never_asked,
@@ -92,7 +107,8 @@ class PolicyTrainer(GRPOTrainer):
             **options,
         )
         self.use_vllm = True  # the samples come from an engine: without this TRL ignores their log-probabilities
-        self._batches = batches
+        self._batches = loop(self.snapshot)
+        self._start = start
         self._started = False
         self._experts: Tensor | None = None  # of the batch now in work, for router replay
         self.mismatch = float("nan")
@@ -132,9 +148,29 @@ class PolicyTrainer(GRPOTrainer):
             if self._started:
                 return self._batches.send(self.step_metrics)
             self._started = True
+            if self._start:
+                self._restore(self._start)
             return next(self._batches)
         except StopIteration:
             raise _NoMoreBatches from None
+
+    def snapshot(self) -> State:
+        """What the next step depends on besides the weights. To be asked for between two steps only."""
+        return {
+            "updates": self.state.global_step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr_scheduler.state_dict(),
+            "random": (torch.get_rng_state(), numpy.random.get_state(), random.getstate()),
+        }
+
+    def _restore(self, start: State) -> None:
+        self.state.global_step = self._globalstep_last_logged = start["updates"]
+        self.optimizer.load_state_dict(start["optimizer"])
+        self.lr_scheduler.load_state_dict(start["schedule"])
+        torch_state, numpy_state, python_state = start["random"]
+        torch.set_rng_state(torch_state)
+        numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
 
     def record(self, step: int, logs: dict[str, Any]) -> None:
         """Keep what TRL measured in a step for the generator."""

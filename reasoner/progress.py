@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,11 @@ class Clock:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what an earlier process of the same run spent, its `total` included."""
+        self.seconds.update({name: s for name, s in seconds.items() if name != "total"})
+        self._start -= seconds.get("total", 0.0)
 
     def total(self) -> float:
         return time.perf_counter() - self._start
@@ -80,25 +85,38 @@ class Screen:
         self.console = console or Console(stderr=True, highlight=False)
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Any]:
-        """A function of (done, note) that moves the bar."""
+    def bar(self, what: str, total: int, *, each: bool = False) -> Iterator[Any]:
+        """A function of (done, note) that moves the bar. each: without a terminal, every call is a line."""
         if not self.console.is_terminal:
-            yield self._lines(what, total)
+            yield self._lines(what, total, each=each)
             return
         words, note = TextColumn("{task.description:<9}"), TextColumn("{task.fields[note]}")
         with Bars(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note, console=self.console) as bars:
             task = bars.add_task(what, total=total, note="")
             yield lambda done, note: bars.update(task, completed=done, note=note)
 
-    def _lines(self, what: str, total: int) -> Any:
+    def _lines(self, what: str, total: int, *, each: bool) -> Any:
         def tell(done: int, note: str) -> None:
-            if done == total or done % max(1, total // 10) == 0:
+            if each or done == total or done % max(1, total // 10) == 0:
                 self.say(f"{what} {done}/{total}  {note}")
 
         return tell
 
     def say(self, line: str) -> None:
         self.console.print(line)
+
+
+def step_line(row: Mapping[str, Any], in_flight: int) -> str:
+    """One step in one line: what was learned from, where the time went, how far the rollouts are ahead.
+
+    wait: the learner waited for groups. generate: groups were on their way, also while it learned.
+    """
+    reward = "none judged" if row["reward_mean"] is None else f"{row['reward_mean']:.3f}"
+    spent = {"wait": "rollouts", "learn": "learn", "sync": "sync", "generate": "generate", "verify": "verify"}
+    times = "  ".join(f"{name} {row[f'seconds_{key}']:.2f}" for name, key in spent.items())
+    dropped = sum(row["groups_dropped"].values())
+    lag = f"lag {row['lag_mean']:.1f} max {row['lag_max']}  in flight {in_flight}  dropped {dropped}"
+    return f"reward {reward}  length {row['response_length_mean']:.0f}  s: {times}  {lag}"
 
 
 def comparison(summary: dict[str, Any]) -> Table:

