@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,16 +60,36 @@ def cluster(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about CUDA_VISIBLE_DEVICES
     os.environ.setdefault("RAY_worker_niceness", "0")  # engines are no background work: the learner waits for them
     if address == "local":
-        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        ray.init(address="local", include_dashboard=False, object_store_memory=_object_store(), **options)
     else:
-        _require_answer(address)
-        ray.init(address=address, **options)
+        _join(address, options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process at once, with a stack trace
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _object_store() -> int:
+    """Bytes at most: room for two versions of the weights of a model of 500 million parameters, taken when used."""
+    return max(256 * 2**20, min(4 * 2**30, shutil.disk_usage("/dev/shm").free // 2))
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    if "://" in address:
+        raise ClusterError(
+            f"--ray {address!r}: a driver joins its cluster directly, not through a client: run it on a node of the "
+            "cluster with --ray auto, or submit it with `ray job submit` (docs/cluster.md)"
+        )
+    _require_answer(address)
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"this machine is no node of the Ray cluster at {address!r} ({_last_line(error)}): join it first with "
+            "`ray start --address=ADDRESS`, or submit the run with `ray job submit` (docs/cluster.md)"
+        ) from error
 
 
 def _require_answer(address: str) -> None:

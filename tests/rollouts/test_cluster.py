@@ -1,6 +1,8 @@
 """The real thing once: Ray, a vLLM engine in an actor, a weight push in flight, and what must hold afterwards."""
 
 import asyncio
+import os
+import signal
 import time
 
 import pytest
@@ -115,3 +117,28 @@ def test_weights_pushed_in_flight_change_the_logprobs_and_every_token_names_its_
     assert {v for p in after for v, _, _ in p.steps[0].versions} == {1}
     assert distance(model, after) < 1e-4
     assert distance(load(checkpoint), after) > 0.1
+
+
+@pytest.mark.slow
+def test_engine_killed_while_it_samples_comes_back_with_the_weights_it_was_last_given(engines, checkpoint):
+    model = load(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    engines.load(export(model), 2)
+    sums, expected = engines.checksums(), sample(engines, roots(12), n=4)
+
+    async def kill_under_way():
+        answers = asyncio.gather(*(engines.extend(path, n=4) for path in roots(12)))
+        await asyncio.sleep(0.05)
+        os.kill(engines.pids()[0][0], signal.SIGKILL)
+        return [path for group in await answers for path in group]
+
+    start = time.monotonic()
+    paths = asyncio.run(kill_under_way())
+    assert time.monotonic() - start < 60
+    assert [p.ids for p in paths] == [p.ids for p in expected] and distance(model, paths[:12]) < 1e-4
+    assert {v for p in paths for v, _, _ in p.steps[0].versions} == {2}
+    assert engines.checksums() == sums
+    (state,) = engines.states()
+    assert (state.state, state.version, state.restarts) == ("serving", 2, 1)
