@@ -162,6 +162,8 @@ def open_stage(
     if not resume:
         stack.enter_context(checkpoints.lock(folder))
     _write_json(folder / "config.json", to_dict(run))
+    if run.engine.kind == "vllm":
+        engine.record(folder / "events.jsonl")
     position = replace(position, base=str(checkpoint.resolve()))
     return Stage(run, engine, model, tokenizer, pool, loop, clock, screen, folder), Start(position, trainer)
 
@@ -185,8 +187,17 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
         "mismatch": {"first": first, "last": last},
         "seconds": {**dict.fromkeys(PHASES, 0.0), **stage.clock.seconds, "total": stage.clock.total()},
         "tokens": _tokens(stage, start.position),
+        "faults": _faults(stage),
         "versions": _versions(),
     }
+
+
+def _faults(stage: Stage) -> dict[str, Any]:
+    """What this driver's engines went through; `events.jsonl` has the time line."""
+    if stage.run.engine.kind != "vllm":
+        return {}
+    restarts = sum(state.restarts for state in stage.engine.states())
+    return {"engine_restarts": restarts, "asked_again": dict(stage.engine.dropped)}
 
 
 def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any) -> dict[str, Any]:

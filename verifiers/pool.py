@@ -64,6 +64,7 @@ class _Item:
     batch: _Batch
     index: int
     number: int = 0  # age
+    deaths: int = 0  # of processes that were at it
 
     @property
     def key(self) -> tuple[str, str]:
@@ -258,7 +259,7 @@ class Pool:
         self._enforce()
 
     def _start_over(self) -> None:
-        """The nursery is gone and its workers with it: what they were at fails, the rest waits for the next one."""
+        """The nursery is gone and its workers with it: what they had waits for the next one."""
         self._nursery.close()
         self._nursery = None
         self._ready.clear()
@@ -266,7 +267,7 @@ class Pool:
             self._selector.unregister(worker.socket)
             worker.socket.close()
             if worker.items:
-                self._settle(worker.items.popleft(), Verdict.fail("the worker processes were killed"), 0.0)
+                self._died(worker.items.popleft(), "the worker processes were killed", 0.0)
             self._put(worker.items)
         self._workers.clear()
 
@@ -343,7 +344,8 @@ class Pool:
         try:
             message = _receive(worker.socket)
         except (OSError, EOFError):
-            return self._lost(worker, "the worker process died (killed by the system, most likely for its memory)")
+            why = "the worker process died twice over it (killed by the system, most likely for its memory)"
+            return self._lost(worker, why, died=True)
         now = time.monotonic()
         item, seconds = worker.items.popleft(), now - worker.since
         worker.since = now
@@ -365,12 +367,20 @@ class Pool:
             result = None if item.method == "answer" else False
         item.batch.settle(item.index, result)
 
-    def _lost(self, worker: _Worker, why: str) -> None:
+    def _lost(self, worker: _Worker, why: str, *, died: bool = False) -> None:
         """A worker is gone, and with it the verdict it was at; the rest of its chunk is judged elsewhere."""
         if worker.items:
-            item = worker.items.popleft()
-            self._settle(item, Verdict.fail(why), time.monotonic() - worker.since)
+            item, seconds = worker.items.popleft(), time.monotonic() - worker.since
+            self._died(item, why, seconds) if died else self._settle(item, Verdict.fail(why), seconds)
         self._kill(worker)
+
+    def _died(self, item: _Item, why: str, seconds: float) -> None:
+        """A process died under this item. Once may be chance, so it is judged again; twice is the response's doing."""
+        item.deaths += 1
+        if item.deaths == 1:
+            self._put([item])
+        else:
+            self._settle(item, Verdict.fail(why), seconds)
 
     def _kill(self, worker: _Worker) -> None:
         self._put(worker.items)

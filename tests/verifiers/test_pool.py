@@ -101,6 +101,31 @@ def test_pool_outlives_the_process_its_workers_come_from():
         assert said[0].status == "failed" and ask(pool, "yes")[0].correct is True
 
 
+@pytest.mark.parametrize("whom", ["workers", "nursery"])
+def test_processes_killed_under_load_cost_no_verdict_and_change_none(whom):
+    """Whatever the system kills, now and then: every response is judged, and as it would have been."""
+    responses = ["nap" if i % 3 else "yes" for i in range(300)]
+    with Pool(workers=2) as pool:
+        ask(pool, "yes")
+        task = Task("t", (), "yes", "moody")
+        verdicts = pool.submit("moody", [("verify", (task, r)) for r in responses])
+        kills = 0
+        while not verdicts.done() and kills < 12:
+            time.sleep(0.1)
+            nursery = pool._nursery
+            pids = [w.pid for w in list(pool._workers)] if whom == "workers" else [nursery and nursery.process.pid]
+            for pid in filter(None, pids[:1]):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+                except ProcessLookupError:  # it has just been replaced
+                    pass
+        said = verdicts.result(timeout=30)
+    assert kills >= 3
+    for response, verdict in zip(responses, said, strict=True):
+        assert verdict.status == "scored" and verdict.correct is (response == "yes"), verdict
+
+
 def test_hanging_responses_delay_nobody_else(pool):
     ask(pool, "yes")
     with ThreadPoolExecutor(8) as threads:
