@@ -1,4 +1,4 @@
-"""The command line: `reasoner train | eval | check | report | verify | prm`.
+"""The command line: `reasoner train | eval | check | report | verify | prm | convert | distill`.
 
 Parses, calls, and turns the mistakes a person can mend into one line and exit code 2; `--debug` shows the traceback.
 """
@@ -17,7 +17,7 @@ try:
     import rollouts  # noqa: F401 (guards the name `verifiers` before anything imports it)
 except ImportError as error:
     sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
-from reasoner import prm_command, verify  # noqa: E402
+from reasoner import convert_command, prm_command, verify  # noqa: E402
 from reasoner.config import ConfigError, Run, load, resume  # noqa: E402
 
 
@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_arguments(sub)
     sub = command("prm", prm_command.run, "process reward models: label steps, train, measure", config=False)
     prm_command.add_arguments(sub)
+    help_ = "make a dense Llama-style checkpoint into one of ours: MLA and experts"
+    convert_command.add_convert_arguments(command("convert", convert_command.convert, help_, config=False))
+    help_ = "heal a converted checkpoint by soft labels from its original"
+    convert_command.add_distill_arguments(command("distill", convert_command.distill, help_, config=False))
     return parser
 
 
