@@ -193,21 +193,19 @@ class Addition:
             low, high = (0, 10) if digits == 1 else (10 ** (digits - 1), 10**digits)
             every = (high - low) ** 2
             left = self.digits - digits + 1  # lengths that share what is still wanted
-            shares = (
-                min((self.train - len(train)) // left, every * 4 // 5),
-                min((self.heldout - len(heldout)) // left, every // 5),
-            )
-            drawn = random.Random(derive(self.seed, "addition", digits)).sample(range(every), sum(shares))
-            pairs = [(low + i // (high - low), low + i % (high - low)) for i in drawn]
-            heldout += [
-                self._task(a, b, digits, f"heldout/{digits}/{i}") for i, (a, b) in enumerate(pairs[: shares[1]])
-            ]
-            train += [self._task(a, b, digits, f"train/{digits}/{i}") for i, (a, b) in enumerate(pairs[shares[1] :])]
+            held = min((self.heldout - len(heldout)) // left, every // 5)
+            learned = min((self.train - len(train)) // left, every * 4 // 5)
+            noise = random.Random(derive(self.seed, "addition", digits))
+            first = noise.sample(range(every), held)  # whatever `train` is
+            then = [i for i in noise.sample(range(every), held + learned) if i not in set(first)][:learned]
+            for side, name, drawn in ((heldout, "heldout", first), (train, "train", then)):
+                side += [self._task(low + i // (high - low), low + i % (high - low), digits, name) for i in drawn]
         return apart(train, heldout)
 
-    def _task(self, a: int, b: int, digits: int, name: str) -> Task:
+    def _task(self, a: int, b: int, digits: int, side: str) -> Task:
         prompt = ({"role": "user", "content": f"{a} + {b} ="},)
-        return Task(f"addition/{name}", prompt, str(a + b), self.verifier, {"level": digits, "terms": [a, b]})
+        meta = {"level": digits, "terms": [a, b]}
+        return Task(f"addition/{side}/{a}+{b}", prompt, str(a + b), self.verifier, meta)
 
 
 SOURCES: dict[str, type[Source]] = {

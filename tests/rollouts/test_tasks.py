@@ -218,3 +218,28 @@ def test_every_source_is_registered_under_its_toml_name():
         "datasets": Datasets,
         "addition": Addition,
     }
+
+
+# --- sums of two numbers
+
+
+def test_sums_have_every_length_and_no_question_is_on_both_sides():
+    train, heldout = Addition(digits=3, train=900, heldout=200, seed=1).load()
+    assert len(train) == 900 and len(heldout) == 200
+    assert [sum(t.meta["level"] == d for t in train) for d in (1, 2, 3)] == [80, 410, 410]
+    assert not set(questions(train)) & set(questions(heldout))
+    for task in train + heldout:
+        a, b = task.meta["terms"]
+        assert task.question == f"{a} + {b} =" and task.reference == str(a + b)
+        assert len(str(a)) == len(str(b)) == task.meta["level"]
+
+
+def test_the_held_out_sums_do_not_change_with_the_number_of_training_ones():
+    few, many = Addition(train=30).load()[1], Addition(train=3000).load()[1]
+    assert questions(few) == questions(many)
+
+
+@pytest.mark.parametrize("wrong", [{"digits": 0}, {"digits": 3, "train": 2}, {"digits": 3, "heldout": 2}])
+def test_sums_without_a_length_or_a_task_for_each_are_refused(wrong):
+    with pytest.raises(ValueError, match="give at least 1 digit"):
+        Addition(**wrong)
