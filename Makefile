@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-learning bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -33,6 +33,9 @@ bench-verifiers: setup
 
 bench-search: setup
 	$(BIN)/python -m benchmarks.search
+
+bench-learning: setup      ## FULL=1 for three seeds
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.learning $(if $(FULL),--full)
 
 bench-gpu:                 ## needs torch, transformers and nvcc alone
 	$(PYTHON) -m benchmarks.gpu

@@ -85,6 +85,7 @@ class Run:
     tasks_per_step: int = 32
     max_lag: int = 0  # policy versions that rollouts may lag behind the learner; 0: synchronous and reproducible
     rollout_timeout: float = 1800.0  # seconds for a group: then it is dropped, or with max_lag = 0 the run stops
+    token_budget: int = 0  # training ends with the step that has generated so many in all; 0: no limit
     policies: Mapping[str, Any] = field(default_factory=dict)  # of verifiers, by name
     verifier_workers: int = 2
     verify_timeout: float = 10.0  # seconds for one verdict

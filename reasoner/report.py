@@ -26,6 +26,11 @@ BESIDE = "verify"  # seconds of the verifiers' own processes, while rollouts run
 SUBJECTS = ("tasks", "base", "search", "credit", "learner")  # sections of the config that say what was done
 CHARTS = (  # title, keys of metrics.jsonl
     ("Reward in training", ("reward_mean", "solved_fraction")),
+    ("Held-out accuracy after each round", ("heldout_greedy",)),
+    ("Problems with a verified path, and with a rationalised one", ("coverage", "coverage_all")),
+    ("Different verified paths for each solved problem", ("unique_paths",)),
+    ("pass@k and pass@1 in training", ("pass_at_k", "pass_at_1")),
+    ("Paths kept, and of those rationalised", ("kept", "kept_hinted")),
     ("Groups per step", ("groups_used", "groups_agreeing")),
     ("Response length, tokens", ("response_length_mean",)),
     ("Entropy of the policy, nats", ("entropy",)),
@@ -37,7 +42,7 @@ CHARTS = (  # title, keys of metrics.jsonl
     ("Gradient norm", ("grad_norm",)),
     ("Tokens generated per step", ("tokens_generated",)),
 )
-UNPLOTTED = {"step", "version", "rollouts"}  # the axis, and what follows from the config
+UNPLOTTED = {"step", "version", "rollouts", "pass_gap", "k", "rows"}  # the axis, and what follows from the config
 
 
 def write_report(run_dir: str | Path) -> Path:

@@ -10,21 +10,27 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+from reasoner import checkpoints
+from reasoner.checkpoints import Position
 from reasoner.config import ConfigError
 from reasoner.credit import spread
 from reasoner.evaluate import greedily
 from reasoner.learner import logprobs, prefer, supervise
-from reasoner.model import export, save
-from reasoner.star import VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
-from reasoner.train import Stage, draw, push, shuffled, statistics
+from reasoner.model import export, load, save
+from reasoner.star import Star, VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
+from reasoner.train import Deck, Stage, draw, push, statistics, tokens_so_far
 from rollouts.base import Group, Rollout
-from rollouts.journal import Journal, read
+from rollouts.journal import Journal, cut, read
 from rollouts.roll_out import encode
 from search.base import derive
 from search.export import Row, dpo
@@ -45,45 +51,96 @@ class Harvest:
     threshold: float | None  # nats per token that a rationalisation had to reach
 
 
-def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], journal: Journal, tell: Any) -> dict[str, Any]:
-    """All rounds of a run; returns what they add to its summary."""
+def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], start: Position, tell: Any) -> dict[str, Any]:
+    """All rounds of a run, from `start` on; returns what they add to its summary."""
     run, star, clock = stage.run, stage.run.learner, stage.clock
-    base = copy.deepcopy(stage.model.state_dict())
-    stream = shuffled(tasks, run.seed)
-    solved: set[str] = set()
-    memory: dict[str, list[Row]] = {}
-    pairs: list[Row] = []
-    curve = [accuracies(stage, heldout)]
-    with (stage.folder / "metrics.jsonl").open("a") as log:
-        for number in range(run.steps):
+    base = load(Path(start.base), torch.float32).state_dict()
+    deck = Deck(tasks, run.seed)
+    with _files(stage.folder, start) as (journal, log):
+        past = remember(stage.folder, star)
+        for number in range(start.step, run.steps):
             laps = dict(clock.seconds)
+            chosen = [deck[number * run.tasks_per_step + i] for i in range(run.tasks_per_step)]
             with clock.phase("rollouts"):
-                harvest = gather(stage, [next(stream) for _ in range(run.tasks_per_step)], number)
+                harvest = gather(stage, chosen, number)
             for group in (*harvest.groups, *harvest.hinted):
                 journal.append(group, step=number, version=number)
             journal.flush()
             _require_something(stage, harvest, number)
-            memory = {**memory, **harvest.problems} if star.accumulate else harvest.problems
-            if isinstance(star, VStar):
-                pairs += [pair for group in harvest.groups for pair in _pairs(group, star.pairs)]
-            row = {"step": number, "version": number, **report(harvest, solved)}
-            solved |= {group.task.id for group in harvest.groups if any(r.verdict.correct for r in group.rollouts)}
+            row = {"step": number, "version": number, **report(harvest, past.solved)}
+            past.add(harvest.groups, star)
+            past.problems = {**past.problems, **harvest.problems} if star.accumulate else harvest.problems
             with clock.phase("learn"):
                 stage.model.load_state_dict(base)
-                row |= learn_from(stage, memory, number)
+                row |= learn_from(stage, past.problems, number)
             with clock.phase("sync"):
                 push(stage.engine, stage.model, number + 1, export)
-            save(stage.model, stage.tokenizer, stage.folder / "checkpoint")
-            curve.append(accuracies(stage, heldout))
-            row |= {f"heldout_{name}": value for name, value in curve[-1].items()}
+            with clock.phase("eval"):
+                options = {"seed": run.seed}
+                judged = stage.loop.run(greedily(heldout, stage.engine, stage.pool, stage.tokenizer, **options))
+            row |= {f"heldout_{name}": value for name, value in accuracies(judged).items()}
             row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in ("rollouts", "learn", "sync")}
             log.write(json.dumps(row) + "\n")
             log.flush()
-            tell(number + 1, f"held out {curve[-1]['greedy']:.1%}  coverage {row['coverage_all']:.0%}")
-    found: dict[str, Any] = {"rounds": {"kind": type(star).__name__, "heldout": curve}}
+            past.curve.append({"greedy": row["heldout_greedy"], "by_level": row["heldout_by_level"]})
+            past.spent += row["tokens_generated"]
+            reached = {"metrics": log.tell(), "journal": journal.path.stat().st_size}
+            _save(stage, replace(start, step=number + 1, version=number + 1, **reached))
+            tell(number + 1, f"held out {row['heldout_greedy']:.1%}  coverage {row['coverage_all']:.0%}")
+            if 0 < run.token_budget <= past.spent:
+                break
+    found: dict[str, Any] = {"rounds": {"kind": type(star).__name__, "heldout": past.curve}}
     if isinstance(star, VStar):
-        found["rounds"]["verifier"] = {"pairs": len(pairs), "file": train_verifier(stage, pairs)}
+        found["rounds"]["verifier"] = {"pairs": len(past.pairs), "file": train_verifier(stage, past.pairs)}
     return found
+
+
+@dataclass
+class Past:
+    """What a round knows of those before it."""
+
+    solved: set[str]  # ids of the tasks that were solved without a hint
+    pairs: list[Row]  # right and wrong paths, for V-STaR's verifier
+    problems: dict[str, list[Row]]  # what the last round trained on
+    curve: list[dict[str, Any]]  # held-out accuracies: the base's, then each round's
+    spent: int  # tokens generated
+
+    def add(self, groups: Sequence[Group], star: Star) -> None:
+        for group in groups:
+            if any(r.verdict.correct for r in group.rollouts):
+                self.solved.add(group.task.id)
+            if isinstance(star, VStar):
+                self.pairs += _pairs(group, star.pairs)
+
+
+def remember(folder: Path, star: Star) -> Past:
+    """The past of a run, read from what it has written."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    base = [group for _, _, group in read(folder / "evaluation-base.jsonl") if len(group.rollouts) == 1]
+    curve = [accuracies(base)]
+    curve += [{"greedy": row["heldout_greedy"], "by_level": row["heldout_by_level"]} for row in rows]
+    past = Past(set(), [], {}, curve, sum(row["tokens_generated"] for row in rows))
+    past.add([group for _, _, group in read(folder / "journal.jsonl") if not group.task.meta.get("hinted")], star)
+    if rows:
+        for line in (folder / f"paths-{len(rows) - 1}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            past.problems.setdefault(row.pop("task"), []).append(row)
+    return past
+
+
+@contextmanager
+def _files(folder: Path, start: Position) -> Iterator[tuple[Journal, Any]]:
+    """The journal and metrics.jsonl, both cut to where the last whole round ended."""
+    for name, size in (("journal.jsonl", start.journal), ("metrics.jsonl", start.metrics)):
+        (folder / name).touch()
+        cut(folder / name, size)
+    with Journal(folder / "journal.jsonl") as journal, (folder / "metrics.jsonl").open("a") as log:
+        yield journal, log
+
+
+def _save(stage: Stage, position: Position) -> None:
+    spent = {"seconds": {**stage.clock.seconds, "total": stage.clock.total()}, "tokens": tokens_so_far(stage, position)}
+    checkpoints.write(stage.folder, stage.model, stage.tokenizer, {}, replace(position, **spent))
 
 
 def gather(stage: Stage, tasks: Sequence[Task], number: int) -> Harvest:
@@ -198,19 +255,16 @@ def report(harvest: Harvest, solved: set[str]) -> dict[str, Any]:
     }
 
 
-def accuracies(stage: Stage, heldout: Sequence[Task]) -> dict[str, Any]:
-    """Greedy accuracy on the held-out tasks, and by `meta["level"]` where tasks have one."""
-    with stage.clock.phase("eval"):
-        groups = stage.loop.run(greedily(heldout, stage.engine, stage.pool, stage.tokenizer, seed=stage.run.seed))
-    levels: dict[str, list[bool]] = {}
+def accuracies(groups: Sequence[Group]) -> dict[str, Any]:
+    """Greedy accuracy of held-out tasks, and by `meta["level"]` of those that have one."""
+    levels: dict[str, list[float]] = {}
     for group in groups:
         if group.scored:
-            levels.setdefault(str(group.task.meta.get("level", "all")), []).append(group.scored[0].verdict.correct)
+            level = str(group.task.meta.get("level", ""))
+            levels.setdefault(level, []).append(float(group.scored[0].verdict.correct))
     every = [right for each in levels.values() for right in each]
-    found: dict[str, Any] = {"greedy": fmean(every) if every else 0.0}
-    return found | (
-        {"by_level": {name: fmean(each) for name, each in sorted(levels.items())}} if len(levels) > 1 else {}
-    )
+    by_level = {name: fmean(each) for name, each in sorted(levels.items()) if name}
+    return {"greedy": fmean(every) if every else 0.0, "by_level": by_level}
 
 
 def _require_something(stage: Stage, harvest: Harvest, number: int) -> None:
@@ -270,11 +324,6 @@ def train_verifier(stage: Stage, pairs: Sequence[Row]) -> str:
 
 def selection(folder: Path, k: int, evaluation: str = "evaluation-final.jsonl") -> Interval:
     """Accuracy of the verifier's choice among k samples, exact over the subsets of those in an evaluation's journal."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from reasoner.model import load
-
     model = load(folder / "verifier", torch.float32)
     pad = AutoTokenizer.from_pretrained(folder / "verifier").pad_token_id
     values = []

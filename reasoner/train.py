@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version as version_of
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
         "final": final,
         "mismatch": {"first": first, "last": last},
         "seconds": {**dict.fromkeys(PHASES, 0.0), **stage.clock.seconds, "total": stage.clock.total()},
-        "tokens": _tokens(stage, start.position),
+        "tokens": tokens_so_far(stage, start.position),
         "faults": _faults(stage),
         "versions": _versions(),
     }
@@ -203,8 +202,8 @@ def _faults(stage: Stage) -> dict[str, Any]:
 def _in_rounds(stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any) -> dict[str, Any]:
     from reasoner.rounds import rounds
 
-    with Journal(stage.folder / "journal.jsonl") as journal:
-        return rounds(stage, tasks, heldout, journal, tell)
+    _take_up(stage, start.position)
+    return rounds(stage, tasks, heldout, start.position, tell)
 
 
 def _choose(stage: Stage, final: dict[str, Any]) -> None:
@@ -294,6 +293,7 @@ def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any],
     path = stage.folder / "metrics.jsonl"
     path.touch()
     cut(path, start.metrics)  # what comes after the checkpoint is written again
+    spent = sum(json.loads(line)["tokens_generated"] for line in path.open())
     with path.open("a") as log:
         for step in range(start.step, run.steps):
             with clock.phase("rollouts"):
@@ -311,14 +311,18 @@ def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any],
             laps = dict(clock.seconds)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps:
+            spent += row["tokens_generated"]
+            last = step + 1 == run.steps or 0 < run.token_budget <= spent
+            if last or (step + 1) % run.checkpoint_every == 0:
                 with clock.phase("save"):
                     position = replace(start, step=step + 1, version=version, metrics=log.tell())
-                    _save(stage, feed, trainer(), position, _tokens(stage, start))
+                    _save(stage, feed, trainer(), position, tokens_so_far(stage, start))
             tell(step + 1, step_line(row, batch.in_flight))
+            if last:
+                return
 
 
-def _tokens(stage: Stage, start: Position) -> dict[str, int]:
+def tokens_so_far(stage: Stage, start: Position) -> dict[str, int]:
     """What the engines sampled and read since the run began."""
     spent = stage.engine.ledger
     return {name: start.tokens.get(name, 0) + getattr(spent, name) for name in ("generated", "prefilled")}
@@ -430,14 +434,8 @@ def statistics(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
-    """The tasks for ever, in a new order each time round."""
-    deck = Deck(tasks, seed)
-    return (deck[ticket] for ticket in count())
-
-
 class Deck:
-    """The same, by number: ticket i is the i-th task drawn."""
+    """The tasks for ever, in a new order each time round: ticket i is the i-th task drawn."""
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
         self._tasks, self._seed = tasks, seed

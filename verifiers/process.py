@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
 from typing import Literal
 
-from verifiers import numbers, proof
+from verifiers import get, numbers, proof
 from verifiers.base import Task, Verdict
 from verifiers.expression import Tree, Unreadable, normalise, parse
 from verifiers.forms import as_decimal, rounds
@@ -59,9 +59,11 @@ class ProcessMath:
     """
 
     delimiter: str = "\n"  # ends a step, as in the sampling settings of an engine
-    outcome: Math = field(default_factory=Math)
+    outcome: Math = field(default_factory=Math)  # or its policy as a table, {form = "simplest"}
 
     def __post_init__(self) -> None:
+        if isinstance(self.outcome, Mapping):
+            object.__setattr__(self, "outcome", get("math", **self.outcome))
         if not self.delimiter:
             raise ValueError(
                 "process_math delimiter='' cuts no steps: give the text that ends a step, e.g. a line break"

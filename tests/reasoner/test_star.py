@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -155,9 +156,8 @@ def test_a_mistake_is_told_before_anything_is_loaded(overrides, message):
 
 
 def test_a_variant_is_a_kind_with_its_own_settings():
-    run = load(CONFIG, ["learner.kind=rft", "steps=1"])
-    assert run.learner == RFT(updates=run.learner.updates, batch=64, lr=run.learner.lr, hint=run.learner.hint)
-    assert not run.learner.em and run.learner.rationalise == 0
+    star, rft = load(CONFIG).learner, load(CONFIG, ["learner.kind=rft", "steps=1"]).learner
+    assert isinstance(rft, RFT) and (rft.keep, rft.em) == (100, False) and (star.keep, star.em) == (4, True)
 
 
 # --- a whole run
@@ -208,6 +208,25 @@ def test_the_verifier_of_v_star_is_a_checkpoint_and_its_choice_is_measured(run):
     assert (run / "verifier" / "model.safetensors").is_file()
     assert 0 <= summary["final"]["selected_at_k"] <= 1 and summary["rounds"]["verifier"]["pairs"] > 0
     assert len(summary["rounds"]["heldout"]) == 3
+
+
+def test_a_run_that_was_interrupted_goes_on_after_its_last_whole_round(run, tmp_path):
+    again = tmp_path / "star"
+    shutil.copytree(run, again, symlinks=True)
+    (again / "summary.json").unlink()
+    shutil.rmtree(again / "checkpoints" / "step-2")
+    (again / "checkpoint").unlink()
+    (again / "checkpoint").symlink_to("checkpoints/step-1")
+    (again / "paths-1.jsonl").write_text("")
+    assert main(["train", "--resume", str(again)]) == 0
+
+    def plain(rows):
+        return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+    assert plain(metrics(again)) == plain(metrics(run))
+    assert (again / "paths-1.jsonl").read_text() == (run / "paths-1.jsonl").read_text()
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (run, again))
+    assert before["rounds"] == after["rounds"] and before["final"] == after["final"]
 
 
 def test_a_round_that_verifies_nothing_ends_with_what_to_change(tmp_path, capsys):

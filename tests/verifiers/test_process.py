@@ -2,6 +2,7 @@ r"""Step scores: a false equality is found, and nothing else is called false."""
 
 import pytest
 
+from verifiers import get
 from verifiers.base import Task
 from verifiers.process import ProcessMath, Steps, findings, first_wrong, step_scores
 
@@ -83,3 +84,12 @@ def test_steps_are_judged_without_a_look_at_the_task():
 def test_a_policy_of_steps_that_makes_no_sense_is_refused(policy):
     with pytest.raises(ValueError, match=next(iter(policy))):
         Steps(**policy)
+
+
+def test_the_policy_of_the_outcome_may_be_given_as_a_table():
+    task = Task("t", ({"role": "user", "content": "3 + 4 ="},), "7", "process_math")
+    strict = get("process_math", outcome={"form": "simplest"})
+    assert get("process_math").verify(task, "Answer: 3+4").correct
+    assert not strict.verify(task, "Answer: 3+4").correct and strict.verify(task, "3+4=7\nAnswer: 7").correct
+    with pytest.raises(ValueError, match="form"):
+        get("process_math", outcome={"from": "simplest"})

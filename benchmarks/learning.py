@@ -1,0 +1,238 @@
+"""What each way of learning makes of the same generated tokens; writes benchmarks/results/learning.json.
+
+    python -m benchmarks.learning [methods] [star] [--full]       make bench-learning, FULL=1 for the full form
+
+methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
+         each stopped when it has generated the same number of tokens in training. Short: one seed; full: three.
+star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
+
+Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
+Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from reasoner.config import load
+from reasoner.progress import Screen
+from reasoner.train import train
+from rollouts.journal import read
+from search.metrics import interval
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "learning.json"
+CONFIGS = HERE.parent / "configs"
+BUDGET = {"short": 100_000, "full": 200_000}  # tokens generated in training
+SEEDS = {"short": [0], "full": [0, 1, 2]}
+
+TASK = [  # sums of three or four one-digit numbers, and a base that works some of them and blurts at others
+    "tasks.params={min_terms=3,max_terms=4,min_digits=1,max_digits=1}",
+    "tasks.verifier=process_math",  # judges answers as `math` does, and steps for those who ask
+    'policies={process_math={outcome={form="simplest"}}}',
+    "tasks.train=4000",
+    "tasks.heldout=100",
+    "evaluate.tasks=100",
+    "evaluate.n=8",
+    "evaluate.k=8",
+    "sampling.max_tokens=56",
+    "engine.kind=local",
+    "base.hidden=64",
+    "base.layers=3",
+    "base.expert_width=16",
+    "base.steps=800",
+]
+POLICY = ["steps=200", "tasks_per_step=16", "search.n=8", "learner.lr=3e-4", "learner.lr_warmup=3"]
+ROUNDS = ["steps=20", "tasks_per_step=128", "search.n=8", "learner.updates=60", "learner.batch=32", "learner.lr=1e-3"]
+METHODS = {
+    "GRPO": [*POLICY, "credit.kind=grpo"],
+    "RLOO": [*POLICY, "credit.kind=rloo"],
+    "process credit": [*POLICY, "credit.kind=process"],
+    "STaR": [*ROUNDS, "learner.kind=star", "learner.em=false", "learner.rationalise=0"],
+    "EM-STaR": [*ROUNDS, "learner.kind=star", "learner.em=true", "learner.rationalise=0"],
+    "ReST-EM": [*ROUNDS, "learner.kind=rest_em"],
+    "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.verifier_updates=60", "learner.verifier_lr=3e-4"],
+}
+
+
+def methods(form: str, names: list[str]) -> dict[str, Any]:
+    """The table: a row for each method, in the order of METHODS."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in SEEDS[form]:
+            for name in names:
+                overrides = [*TASK, *METHODS[name], f"token_budget={BUDGET[form]}", f"seed={seed}"]
+                runs[name].append(measured("quickstart.toml", name, overrides, Path(scratch)))
+    return {
+        "budget": BUDGET[form],
+        "seeds": SEEDS[form],
+        "rows": [row(name, found) for name, found in runs.items()],
+        "tokens to reach": reach(runs),
+    }
+
+
+def measured(config: str, name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
+    """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds."""
+    began = time.perf_counter()
+    where = [f"name={name.replace(' ', '-')}", f"out={scratch}/runs", f"cache={scratch}/cache"]
+    folder = train(load(CONFIGS / config, [*overrides, *where]), ray="local", screen=Screen())
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "name": name,
+        "base": summary["base"],
+        "final": summary["final"],
+        "rounds": summary.get("rounds"),
+        "tasks": per_task(folder / "evaluation-final.jsonl"),
+        "tokens": sum(step["tokens_generated"] for step in steps),
+        "curve": curve(steps),
+        "steps": len(steps),
+        "seconds": {key: summary["seconds"][key] for key in ("rollouts", "learn", "total")},
+        "wall": time.perf_counter() - began,
+    }
+
+
+def per_task(journal: Path) -> dict[str, list[float]]:
+    """What each held-out task got: its greedy path, and the mean of its sampled ones."""
+    found: dict[str, list[float]] = {"greedy": [], "mean_at_k": []}
+    for _, _, group in read(journal):
+        right = [float(bool(r.verdict.correct)) for r in group.scored]
+        if right:
+            found["greedy" if len(group.rollouts) == 1 else "mean_at_k"].append(statistics.fmean(right))
+    return found
+
+
+def curve(steps: list[dict]) -> list[tuple[int, float]]:
+    """(tokens generated before, accuracy of the paths drawn then on new training tasks), by step."""
+    spent, points = 0, []
+    for step in steps:
+        points.append((spent, step["reward_mean"] or 0.0))
+        spent += step["tokens_generated"]
+    return points
+
+
+def row(name: str, runs: list[dict]) -> dict[str, Any]:
+    """One line of the table: means over seeds, with intervals over tasks."""
+    line: dict[str, Any] = {"method": name, "seeds": len(runs)}
+    for measure in ("greedy", "mean_at_k"):
+        every = [run["tasks"][measure] for run in runs]
+        found = interval([statistics.fmean(values) for values in zip(*every, strict=True)])
+        line[measure] = found.mean
+        line[f"{measure}_ci"] = (found.low, found.high)
+        line[f"{measure}_by_seed"] = [run["final"][measure] for run in runs]
+    for measure in ("pass_at_k", "maj_at_k", "marginal_at_k", "selected_at_k"):
+        if all(measure in run["final"] for run in runs):
+            line[measure] = statistics.fmean(run["final"][measure] for run in runs)
+            line[f"{measure}_by_seed"] = [run["final"][measure] for run in runs]
+    line["base_greedy"] = statistics.fmean(run["base"]["greedy"] for run in runs)
+    line["base_mean_at_k"] = statistics.fmean(run["base"]["mean_at_k"] for run in runs)
+    line["tokens"] = statistics.fmean(run["tokens"] for run in runs)
+    line["steps"] = [run["steps"] for run in runs]
+    line["seconds"] = {key: statistics.fmean(run["seconds"][key] for run in runs) for key in runs[0]["seconds"]}
+    line["curves"] = [run["curve"] for run in runs]
+    return line
+
+
+def reach(runs: dict[str, list[dict]], window: int = 5) -> dict[str, Any]:
+    """Tokens that a method needs for the training accuracy GRPO ends with, as a share of GRPO's; None: never.
+
+    GRPO's level is the mean of its last `window` steps; policy gradients are smoothed over as many, rounds are not.
+    """
+    if "GRPO" not in runs:
+        return {}
+    shares: dict[str, Any] = {}
+    for name in runs:
+        each = []
+        for grpo, other in zip(runs["GRPO"], runs[name], strict=True):
+            level = statistics.fmean(value for _, value in grpo["curve"][-window:])
+            width = 1 if other["rounds"] else window
+            needed = [tokens_at(run["curve"], level, w) for run, w in ((grpo, window), (other, width))]
+            each.append(None if None in needed else needed[1] / needed[0])
+        shares[name] = each
+    return shares
+
+
+def tokens_at(points: list[tuple[int, float]], level: float, window: int) -> int | None:
+    """Tokens spent when the mean of `window` steps first reaches a level."""
+    for end in range(window, len(points) + 1):
+        if statistics.fmean(value for _, value in points[end - window : end]) >= level:
+            return points[end - 1][0]
+    return None
+
+
+def star(form: str) -> dict[str, Any]:
+    """Addition: all rounds with rationalisation, and one without, from one base."""
+    with tempfile.TemporaryDirectory() as scratch:
+        helped = measured("star.toml", "star", [], Path(scratch))
+        alone = measured("star.toml", "no-hints", ["steps=1", "learner.rationalise=0"], Path(scratch))
+    first, without = helped["rounds"]["heldout"][1], alone["rounds"]["heldout"][1]
+    return {
+        "base": helped["rounds"]["heldout"][0],
+        "rounds": helped["rounds"]["heldout"][1:],
+        "one round without rationalisation": without,
+        "ratio after one round": first["greedy"] / without["greedy"] if without["greedy"] else None,
+        "final": helped["final"],
+        "tokens": helped["tokens"],
+        "seconds": helped["seconds"],
+    }
+
+
+def show(part: str, found: dict[str, Any]) -> None:
+    """The part's result as a person reads it."""
+    if part == "star":
+        for number, each in enumerate([found["base"], *found["rounds"]]):
+            print(f"round {number}: {each['greedy']:.1%}", {k: f"{v:.0%}" for k, v in each["by_level"].items()})
+        print(f"one round without rationalisation: {found['one round without rationalisation']['greedy']:.1%}")
+        return
+    for line in found["rows"]:
+        low, high = line["greedy_ci"]
+        greedy = f"greedy {line['greedy']:.1%} ({low:.1%} to {high:.1%})"
+        others = f"mean {line['mean_at_k']:.1%}  majority {line['maj_at_k']:.1%}"
+        picked = f"  chosen {line['selected_at_k']:.1%}" if "selected_at_k" in line else ""
+        print(f"{line['method']:<15} {greedy}  {others}{picked}  {line['tokens']:.0f} tokens")
+    print("tokens for GRPO's last training accuracy, as a share of GRPO's:", found["tokens to reach"])
+
+
+def machine() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "trl", "transformers")},
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help="methods, star; default: both")
+    parser.add_argument("--full", action="store_true", help="three seeds and twice the tokens")
+    parser.add_argument("--only", nargs="*", metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
+    args = parser.parse_args()
+    form = "full" if args.full else "short"
+    if unknown := (set(args.parts) - {"methods", "star"}) | (set(args.only or ()) - set(METHODS)):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    parts = {"methods": lambda: methods(form, args.only or list(METHODS)), "star": lambda: star(form)}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in args.parts or parts:
+        print(f"-- {name}, {form} form")
+        began = time.perf_counter()
+        result = parts[name]()
+        found[name] = {"form": form, **result, "wall": time.perf_counter() - began, **machine()}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        show(name, result)
+
+
+if __name__ == "__main__":
+    main()
