@@ -1,4 +1,4 @@
-"""The command line: `reasoner train | eval | check | report | verify | prm | convert | distill`.
+"""The command line: `reasoner train | eval | search | check | report | verify | prm | convert | distill`.
 
 Parses, calls, and turns the mistakes a person can mend into one line and exit code 2; `--debug` shows the traceback.
 """
@@ -18,7 +18,8 @@ try:
 except ImportError as error:
     sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
 from reasoner import convert_command, prm_command, verify  # noqa: E402
-from reasoner.config import ConfigError, Run, load, resume  # noqa: E402
+from reasoner.config import Comparison, ConfigError, Run, load, load_any, load_comparison, resume  # noqa: E402
+from rollouts.score import refuse_key  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "evaluate a checkpoint on the held-out tasks")
     sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
     sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
+    sub = command("search", _search, "run searches side by side on the held-out tasks, at one budget of tokens")
+    sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
+    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
     command("check", _check, "validate a config without loading a model, and print what it will use")
     sub = command("report", _report, "build report.html of a run, also while it goes on", config=False)
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/quickstart")
@@ -104,8 +108,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     run = load(args.config, args.overrides)
-    if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
-        raise ConfigError(f"--checkpoint {args.checkpoint} has no config.json: give the folder of a checkpoint")
+    refuse_key(run.score)
+    _require_checkpoint(args.checkpoint)
     from rich.console import Console
 
     from reasoner.progress import Screen, accuracies
@@ -117,8 +121,27 @@ def _eval(args: argparse.Namespace) -> None:
     print(f"written: {folder / 'evaluation.json'}")
 
 
+def _search(args: argparse.Namespace) -> None:
+    comparison = load_comparison(args.config, args.overrides)
+    _require_checkpoint(args.checkpoint)
+    from rich.console import Console
+
+    from reasoner.compare import compare
+    from reasoner.progress import Screen, side_by_side
+
+    _quiet()
+    folder = compare(comparison, args.checkpoint, ray=args.ray, screen=Screen())
+    Console(highlight=False).print(side_by_side(json.loads((folder / "summary.json").read_text())))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _require_checkpoint(folder: Path | None) -> None:
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ConfigError(f"--checkpoint {folder} has no config.json: give the folder of a checkpoint")
+
+
 def _check(args: argparse.Namespace) -> None:
-    print(plan(load(args.config, args.overrides)))
+    print(plan(load_any(args.config, args.overrides)))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -126,30 +149,56 @@ def _report(args: argparse.Namespace) -> None:
 
     if not args.run.is_dir():
         raise ConfigError(f"{args.run} is not a folder: give the folder of a run, e.g. runs/quickstart")
+    if (args.run / "trees.json").is_file():
+        from reasoner.compare_page import write_page as write_report
     print(write_report(args.run))
 
 
-def plan(run: Run) -> str:
-    """What a run will use, known without loading a model."""
+def plan(run: Run | Comparison) -> str:
+    """What a run or a comparison will use, known without loading a model."""
     from reasoner.train import load_tasks
 
+    if isinstance(run, Comparison):
+        return _plan_of_searches(run)
     train_tasks, heldout = load_tasks(run)
-    paths = run.tasks_per_step * getattr(run.search, "n", 1)
-    where = "transformers in this process"
-    if run.engine.kind == "vllm":
-        each = f"{run.engine.gpus:g} GPU" if run.engine.gpus else f"{run.engine.kv_cache_gib:g} GiB KV cache"
-        where = f"{run.engine.count} vLLM on Ray, {each} each"
+    paths = run.tasks_per_step * getattr(run.search, "responses", getattr(run.search, "n", 1))
     return "\n".join(
         [
             f"{run.name}: {run.steps} steps, seed {run.seed}",
-            f"tasks     {len(train_tasks)} for training, {len(heldout)} held out, no question in both",
-            f"engines   {where}, {run.engine.dtype}",
-            f"verifier  {run.verifier_workers} worker processes, {run.verify_timeout:g} s a verdict",
+            *_plan_of_both(run, train_tasks, heldout),
             f"step      {run.tasks_per_step} tasks, {paths} paths, at most {paths * run.sampling.max_tokens} tokens",
             f"eval      {len(heldout)} tasks x (1 greedy + {run.evaluate.n} sampled), twice",
             f"writes    {run.out}/{run.name}/",
         ]
     )
+
+
+def _plan_of_searches(comparison: Comparison) -> str:
+    from reasoner.compare import load_tasks
+
+    ways = [f"{method.name} ({type(method.search).__name__})" for method in comparison.methods]
+    where = f"sizes are found on {comparison.sizing} training tasks"
+    return "\n".join(
+        [
+            f"{comparison.name}: {len(ways)} methods, seed {comparison.seed}",
+            *_plan_of_both(comparison.run(), *load_tasks(comparison)),
+            f"methods   {', '.join(ways)}",
+            f"budget    {comparison.budget} generated tokens a task; {where}",
+            f"writes    {comparison.out}/{comparison.name}/",
+        ]
+    )
+
+
+def _plan_of_both(run: Run, train_tasks: list[Any], heldout: list[Any]) -> list[str]:
+    where = f"{run.engine.kind} in this process"
+    if run.engine.kind == "vllm":
+        each = f"{run.engine.gpus:g} GPU" if run.engine.gpus else f"{run.engine.kv_cache_gib:g} GiB KV cache"
+        where = f"{run.engine.count} vLLM on Ray, {each} each"
+    return [
+        f"tasks     {len(train_tasks)} for training, {len(heldout)} held out, no question in both",
+        f"engines   {where}, {run.engine.dtype}",
+        f"verifier  {run.verifier_workers} worker processes, {run.verify_timeout:g} s a verdict",
+    ]
 
 
 def _overrides(parser: argparse.ArgumentParser, rest: list[str], *, takes: bool) -> list[str]:

@@ -25,9 +25,9 @@ from reasoner.star import STARS, Star
 from rollouts.environment import INTERACTIVE
 from rollouts.episode import POLICIES, Episode
 from rollouts.request import Placement
-from rollouts.score import SCORES, ScoreKind
+from rollouts.score import SCORES, ScoreKind, refuse_key
 from rollouts.tasks import SOURCES, ReasoningGym, Source
-from search import SEARCHES, find
+from search import SEARCHES, find, marginal
 from search.base import Sampling, Search
 from search.sample import Sample
 from verifiers import get
@@ -103,6 +103,48 @@ OPERATIONAL = (  # keys that a resumed run may change: none of them changes what
     "rollout_timeout",
     "verifier_workers",
 )
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to answer a question, of several that are run side by side."""
+
+    name: str
+    search: Search = field(default_factory=Sample)
+    score: ScoreKind | None = None  # default: the comparison's
+    estimator: str = ""  # of `search.marginal`, that picks the answer among the paths; default: the search's own
+    temperature: float | None = None  # default: sampling.temperature; 0 is greedy
+    grow: bool = True  # to the budget; a search whose size is written (n, width ...) stays as it is
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Searches side by side on the same held-out tasks: what `reasoner search` runs."""
+
+    name: str
+    methods: tuple[Method, ...]
+    budget: int  # generated tokens a task, on average, that each method is grown to
+    tasks: Source = field(default_factory=ReasoningGym)
+    heldout: int = 200  # held-out tasks to answer
+    sizing: int = 16  # training tasks on which the methods are grown to the budget
+    base: Base = field(default_factory=Warmup)
+    engine: Placement = field(default_factory=Placement)
+    sampling: Sampling = field(default_factory=Sampling)
+    score: ScoreKind | None = None  # of every method that names none
+    seed: int = 0
+    policies: Mapping[str, Any] = field(default_factory=dict)
+    verifier_workers: int = 2
+    verify_timeout: float = 10.0
+    out: str = "runs"
+    cache: str = "cache"
+
+    def run(self) -> Run:
+        """The same as a run without a step: what loads tasks and opens engines."""
+        names = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(Run)}
+        same = {name: getattr(self, name) for name in names - {"score"}}
+        return Run(steps=0, tasks_per_step=1, evaluate=Evaluation(tasks=self.heldout), **same)
+
+
 LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TRL 1.16
 BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
 
@@ -122,6 +164,37 @@ class ConfigError(ValueError):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run described by a TOML file and `key.path=value` overrides (values in TOML's syntax, or bare strings)."""
+    tree = _read(path, overrides)
+    if "methods" in tree:
+        raise ConfigError(f"{path} compares searches ([[methods]]): use `reasoner search {path}`")
+    run = _build(Run, tree, "")
+    _cross_check(run)
+    return run
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """As `load`, of a file with [[methods]]."""
+    tree = _read(path, overrides)
+    if not tree.get("methods"):
+        raise ConfigError(f"{path} has no [[methods]] to compare: see configs/search.toml, or use `reasoner eval`")
+    for method in tree["methods"]:
+        table = method.get("search", {}) if isinstance(method, dict) else {}
+        size = getattr(SEARCHES.get(table.get("kind", "sample")), "size", None)
+        if size in table:
+            method.setdefault("grow", False)
+    comparison = _build(Comparison, tree, "")
+    _cross_check(comparison.run())
+    _check_comparison(comparison)
+    return comparison
+
+
+def load_any(path: Path, overrides: Sequence[str] = ()) -> Run | Comparison:
+    """Whichever the file describes."""
+    kind = load_comparison if "methods" in _read(path, overrides) else load
+    return kind(path, overrides)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -134,9 +207,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file") from None
     for override in overrides:
         _apply(tree, override)
-    run = _build(Run, tree, "")
-    _cross_check(run)
-    return run
+    return tree
 
 
 def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> Run:
@@ -402,6 +473,45 @@ def check_search(search: Search, score: ScoreKind | None, engine: Offered, where
             raise ConfigError(f"{_dot(where, key)}: {error}") from None
 
 
+def _check_comparison(comparison: Comparison) -> None:
+    names = [method.name for method in comparison.methods]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"methods: two are called {twice!r}: give each its own name")
+    most, budget = comparison.sampling.max_tokens, comparison.budget
+    if budget < most:
+        raise ConfigError(
+            f"budget = {budget} is smaller than one path (sampling.max_tokens = {most}): raise it, or lower max_tokens"
+        )
+    if comparison.sizing < 1 or comparison.heldout < 1:
+        raise ConfigError(f"sizing = {comparison.sizing} and heldout = {comparison.heldout}: give at least 1 task each")
+    if type(comparison.tasks) in INTERACTIVE.values():
+        raise ConfigError("tasks: these answer back, and a search cannot take back what was said: use `reasoner eval`")
+    offers = frozenset(comparison.engine.offers)
+    for method in comparison.methods:
+        where, search = f"methods.{method.name}", method.search
+        if not method.name or "/" in method.name or method.name.startswith("."):
+            raise ConfigError(f"methods: the name {method.name!r} names a file: use letters, digits, - and _")
+        score = method.score or comparison.score
+        sampling = at_temperature(comparison.sampling, method)
+        try:
+            refuse_key(score)
+            marginal.require(method.estimator or search.method, search, offers)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        check_search(search, score, Offered(sampling, offers), where)
+        smallest = dataclasses.replace(search, **{search.size: 1}) if hasattr(search, "size") else search
+        if method.grow and (least := getattr(smallest, "responses", 1) * most) > budget:
+            raise ConfigError(
+                f"{where}: its smallest form ({smallest}) may generate {least} tokens a task (sampling.max_tokens = "
+                f"{most} a path), budget = {budget}: raise the budget, or lower max_tokens or a knob of the search"
+            )
+
+
+def at_temperature(sampling: Sampling, method: Method) -> Sampling:
+    """How a method draws tokens."""
+    return sampling if method.temperature is None else dataclasses.replace(sampling, temperature=method.temperature)
+
+
 def _check_policies(policies: Mapping[str, Any]) -> None:
     for name, policy in policies.items():
         _expect(policy, Mapping, f"policies.{name}")
@@ -411,7 +521,7 @@ def _check_policies(policies: Mapping[str, Any]) -> None:
             raise ConfigError(f"policies.{name}: {error}") from None
 
 
-def to_dict(run: Run) -> dict[str, Any]:
+def to_dict(run: Run | Comparison) -> dict[str, Any]:
     """The resolved run with the `kind` of every strategy: what is written beside its results."""
     names = {cls: name for _, registry in KINDS.values() for name, cls in registry.items()}
 

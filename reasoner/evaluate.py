@@ -2,12 +2,12 @@
 
 The search gets no guide here, so the answer key cannot reach it: `guide=None` is the one visible line.
 Neighbours: `search.metrics` and `search.marginal` hold the definitions: expectations over k-subsets of the n samples,
-exact but for the marginal, which averages seeded subsets.
+exact but for the marginal, which averages seeded subsets. `compare` reads its groups with `read`, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from reasoner.config import Evaluation
 from rollouts.base import Group
 from rollouts.episode import Episode
 from rollouts.roll_out import roll_out
-from search.base import Engine, derive
-from search.marginal import at_k
+from search.base import Engine, Trajectory, derive
+from search.marginal import AtK, Estimate, at_k, estimate
 from search.metrics import Interval, interval, pass_at_k
 from search.sample import Sample
 from verifiers import Pool
@@ -108,17 +108,40 @@ async def table(judged: Sequence[Judged], pool: Pool, k: int) -> Table:
 
 async def _votes(group: Group, pool: Pool, k: int) -> tuple[float, float]:
     """Expected accuracy of the majority and of the max-marginal answer over k of the samples."""
+    reading = await read(group, pool)
+    return reading.at(k, "vote").value, reading.at(k, "horvitz_thompson").value
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The judged paths of one task as the estimators of `search.marginal` want them."""
+
+    task: str  # its id
+    paths: list[Trajectory]
+    answers: list[str | None]  # as the verifier reads them; None also for a path that did not finish
+    correct: list[bool]
+    same: Mapping[tuple[str, str], bool]
+
+    def at(self, k: int, method: str) -> AtK:
+        """Expected accuracy of the estimator's answer over k of the paths, drawn alike."""
+        # 200 subsets a task: their sampling error, averaged over the tasks, is far below that of the tasks themselves.
+        settings = {"method": method, "seed": derive(self.task), "subsets": 200}
+        return at_k(self.paths, self.correct, k, equal=self.equal, answer=self.answers, **settings)
+
+    def estimate(self, method: str) -> Estimate:
+        return estimate(self.paths, equal=self.equal, answer=self.answers, method=method)
+
+    def equal(self, left: str, right: str) -> bool:
+        return self.same[left, right]
+
+
+async def read(group: Group, pool: Pool) -> Reading:
+    """Leaves out what the verifier could not judge. A path that hit the length limit is unfinished, never a vote."""
     scored = group.scored
     answers = [r.verdict.answer if r.trajectory.end == "stop" else None for r in scored]
     same = await _equalities(group.task.verifier, answers, pool)
     correct = [bool(r.verdict.correct) for r in scored]
-    options = {"equal": lambda a, b: same[a, b], "answer": answers}
-    paths = [r.trajectory for r in scored]
-    majority = at_k(paths, correct, k, method="vote", **options).value
-    # 200 subsets a task: their sampling error, averaged over the tasks, is far below that of the tasks themselves.
-    settings = {"method": "horvitz_thompson", "seed": derive(group.task.id), "subsets": 200}
-    marginal = at_k(paths, correct, k, **settings, **options).value
-    return majority, marginal
+    return Reading(group.task.id, [r.trajectory for r in scored], answers, correct, same)
 
 
 async def _equalities(verifier: str, answers: Sequence[str | None], pool: Pool) -> dict[tuple[str, str], bool]:

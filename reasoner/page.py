@@ -1,8 +1,8 @@
 """What the pages of this room are made of: the document, its style, charts' scales, and words for numbers.
 
 A chart is an SVG of fixed height and the width of its column: shapes live in an inner SVG that stretches (0..100 both
-ways), words are placed by percentages and never stretch. Neighbours: `report` (a training run), `search_page` (searches
-side by side). Knows nothing of what they show.
+ways), words are placed by percentages and never stretch. Neighbours: `report` (a training run), `compare_page`
+(searches side by side). Knows nothing of what they show.
 """
 
 from __future__ import annotations

@@ -144,5 +144,17 @@ def accuracies(result: dict[str, Any]) -> Table:
     return table
 
 
+def side_by_side(summary: dict[str, Any]) -> Table:
+    """The table that a comparison of searches ends with."""
+    table = Table("method", "size", "accuracy", "95%", "tokens", "judged", "time")
+    for name, m in summary["methods"].items():
+        size = ", ".join(str(value) for value in m["size"].values())
+        tokens, judged = (f"{m['tokens'][kind]:.0f}" for kind in ("generated", "judged"))
+        ends = " – ".join(f"{100 * end:.1f}" for end in m["ci"])
+        table.add_row(name, size, f"{m['accuracy']:.1%}", ends, tokens, judged, f"{m['seconds']:.0f} s")
+    table.caption = f"{summary['tasks']} held-out tasks; tokens a task; judged: read by the score"
+    return table
+
+
 def _interval(pair: tuple[float, float]) -> str:
     return f"{pair[0]:.1%} – {pair[1]:.1%}"

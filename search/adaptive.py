@@ -35,11 +35,16 @@ class Adaptive:
     answer: Callable[[str], str | None] = last_line
     equal: Callable[[str, str], bool] | None = None
     method: ClassVar[str] = "vote"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n", "least", "lanes"))
         if not 0.5 < self.confidence <= 1:
             raise ValueError(f"Adaptive: confidence={self.confidence} must lie in (0.5, 1]")
+
+    @property
+    def responses(self) -> int:
+        return self.n
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score)

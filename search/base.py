@@ -156,10 +156,15 @@ Score = Callable[[Trajectory], Awaitable[float]]  # bound by the caller: a searc
 class Search(Protocol):
     """A way to spend compute on one task, written as if alone; the engine batches across tasks.
 
-    `method` names the estimator in `marginal` that picks the answer among the paths it returns.
+    `method` names the estimator in `marginal` that picks the answer among the paths it returns; `size` the knob that
+    buys more compute; `responses` is how many responses' worth of tokens it generates at most, or nearly so.
     """
 
     method: ClassVar[str]
+    size: ClassVar[str]
+
+    @property
+    def responses(self) -> int: ...
 
     def check(self, engine: Engine, score: Score | None) -> None:
         """Raise ValueError when the engine or the scorer lacks what this search needs. (Knobs: `__post_init__`.)"""

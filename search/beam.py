@@ -28,9 +28,14 @@ class Beam:
     until: str | int = "step"
     expand: str = "sample"
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "width"
 
     def __post_init__(self) -> None:
         sane(self, positive=("width", "branch"), expand=("sample", "top"))
+
+    @property
+    def responses(self) -> int:
+        return self.width * self.branch * (1 + self.lookahead)
 
     def check(self, engine: Engine, score: Score | None) -> None:
         top = self.expand == "top"

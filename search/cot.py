@@ -27,9 +27,14 @@ class CotDecoding:
     k: int = 10
     answer: Callable[[str], str | None] | None = None
     method: ClassVar[str] = "prm"
+    size: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         sane(self, positive=("k",))
+
+    @property
+    def responses(self) -> int:
+        return self.k
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, offers=("top", "logprobs"))

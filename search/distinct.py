@@ -29,9 +29,14 @@ class Distinct:
     n: int = 8
     top: int = 64
     method: ClassVar[str] = "gumbel"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n", "top"))
+
+    @property
+    def responses(self) -> int:
+        return self.n + 1
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, offers=("top", "logprobs"))

@@ -20,9 +20,14 @@ class Dvts:
     branch: int = 4
     until: str | int = "step"
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "trees"
 
     def __post_init__(self) -> None:
         sane(self, positive=("trees", "branch"))
+
+    @property
+    def responses(self) -> int:
+        return self.trees * self.branch
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, until=self.until)

@@ -26,11 +26,16 @@ class Force:
     finish: str = "\nThe final answer is"
     answer_tokens: int = 16
     method: ClassVar[str] = "vote"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n", "answer_tokens"))
         if self.waits < 0:
             raise ValueError(f"Force: waits={self.waits} must be at least 0")
+
+    @property
+    def responses(self) -> int:
+        return self.n * (1 + self.waits)
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, offers=("write",))

@@ -13,7 +13,7 @@ with other settings it is the marginal of the tempered model, unless `target` gi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -281,6 +281,27 @@ def estimate(
         leaders=tuple(names[i] for i in order if math.isclose(finished[i], finished[best], rel_tol=1e-9)),
         unseen=unseen,
     )
+
+
+def require(method: str, search: object, offers: Collection[str]) -> None:
+    """Raise ValueError when the estimator cannot work on what this search returns from an engine with these offers.
+
+    Before anything is drawn; `estimate` checks again what was.
+    """
+    own = search.method
+    if method not in METHODS:
+        raise ValueError(f"estimator {method!r} is none of {', '.join(METHODS)}")
+    if method in _LOGPROBS and "logprobs" not in offers:
+        raise ValueError(f"estimator {method!r} needs an engine that gives logprobs: use 'vote', or another engine")
+    if method == "rao_blackwell" and ("top" not in offers or not getattr(search, "top", 0)):
+        raise ValueError(
+            "estimator 'rao_blackwell' needs alternatives: search.top > 0, and an engine that offers 'top'"
+        )
+    if method in _SCORED and own not in _SCORED:
+        raise ValueError(f"estimator {method!r} needs paths with a score: use search.kind = 'best_of'")
+    for kind in ("gumbel", "particle"):
+        if (method == kind) != (own == kind) and method not in ("distinct_sum", *_SCORED):
+            raise ValueError(f"estimator {method!r} does not fit paths that are drawn for {own!r}: leave it out")
 
 
 def at_k(

@@ -64,10 +64,15 @@ class Mcts:
     expand: str = "sample"
     finish: int = 4
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "simulations"
 
     def __post_init__(self) -> None:
         choices = {"policy": ("puct", "uct"), "value": ("score", "rollout"), "expand": ("sample", "top")}
         sane(self, positive=("simulations", "branch", "c", "lanes", "finish"), **choices)
+
+    @property
+    def responses(self) -> int:
+        return self.simulations * self.branch * (2 if self.value == "rollout" else 1) + self.finish
 
     def check(self, engine: Engine, score: Score | None) -> None:
         until, offers = ("end", ("top", "logprobs")) if self.expand == "top" else (self.until, ())

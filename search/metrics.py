@@ -260,7 +260,8 @@ def paired_bootstrap(
     if np.ptp(d) == 0:
         return float(d[0]), float(d[0])
     random = np.random.default_rng(seed)
-    means = np.array([d[random.integers(0, len(d), len(d))].mean() for _ in range(rounds)])
+    slices = [min(1000, rounds - start) for start in range(0, rounds, 1000)]  # rounds x tasks need not fit in memory
+    means = np.concatenate([d[random.integers(0, len(d), (size, len(d)))].mean(1) for size in slices])
     normal = NormalDist()
     below = (np.count_nonzero(means < d.mean()) + np.count_nonzero(means == d.mean()) / 2) / rounds
     bias = normal.inv_cdf(min(max(below, 1 / rounds), 1 - 1 / rounds))

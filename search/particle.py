@@ -32,11 +32,16 @@ class Particle:
     until: str | int = "step"
     target: str = "score"
     method: ClassVar[str] = "particle"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n",), target=("score", "model"))
         if not 0 <= self.ess <= 1:
             raise ValueError(f"Particle: ess={self.ess} must lie in 0..1 (0 never resamples, 1 always)")
+
+    @property
+    def responses(self) -> int:
+        return self.n
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, until=self.until)

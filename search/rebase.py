@@ -25,9 +25,14 @@ class Rebase:
     balance: float = 0.2
     until: str | int = "step"
     method: ClassVar[str] = "prm"
+    size: ClassVar[str] = "width"
 
     def __post_init__(self) -> None:
         sane(self, positive=("width", "balance"))
+
+    @property
+    def responses(self) -> int:
+        return self.width
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, until=self.until)

@@ -28,9 +28,14 @@ class Refine:
     critique: str = CRITIQUE
     request: str = REVISE
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "simulations"
 
     def __post_init__(self) -> None:
         sane(self, positive=("drafts", "simulations", "branch", "c"))
+
+    @property
+    def responses(self) -> int:
+        return self.drafts + 2 * self.simulations
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, offers=("write",))

@@ -24,11 +24,16 @@ class Rejection:
     keep: float = 0.5
     until: str | int = 64
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n",))
         if not 0 < self.keep <= 1:
             raise ValueError(f"Rejection: keep={self.keep} must lie in (0, 1]")
+
+    @property
+    def responses(self) -> int:
+        return self.n
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, until=self.until)

@@ -29,9 +29,14 @@ class Revise:
     critique: str = CRITIQUE
     request: str = REVISE
     method: ClassVar[str] = "best"
+    size: ClassVar[str] = "rounds"
 
     def __post_init__(self) -> None:
         sane(self, positive=("rounds",), feedback=("self", "score"))
+
+    @property
+    def responses(self) -> int:
+        return 1 + self.rounds * (2 if self.feedback == "self" else 1)
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=self.feedback == "score", offers=("write",))

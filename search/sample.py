@@ -32,9 +32,14 @@ class Sample:
     arithmetic: bool = False
     top: int = 0
     method: ClassVar[str] = "vote"
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n",))
+
+    @property
+    def responses(self) -> int:
+        return self.n
 
     def check(self, engine: Engine, score: Score | None) -> None:
         offers = (*(("arithmetic",) if self.arithmetic else ()), *(("top",) if self.top else ()))
@@ -56,6 +61,7 @@ class BestOf:
     n: int = 16
     aggregate: str = "last"
     vote: bool = False
+    size: ClassVar[str] = "n"
 
     def __post_init__(self) -> None:
         sane(self, positive=("n",), aggregate=tuple(AGGREGATES))
@@ -63,6 +69,10 @@ class BestOf:
     @property
     def method(self) -> str:
         return "prm" if self.vote else "best"
+
+    @property
+    def responses(self) -> int:
+        return self.n
 
     def check(self, engine: Engine, score: Score | None) -> None:
         require(self, engine, score, judged=True, until="end" if self.aggregate == "last" else "step")
