@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,7 @@ def newest(folder: Path) -> Iterator[tuple[Path, Position, Mapping[str, Any]]]:
         try:
             state = json.loads((path / "state.json").read_text())
             trainer = torch.load(path / "trainer.pt", weights_only=False)
-        except (OSError, ValueError, RuntimeError, EOFError):
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # whatever the disk made of it
             continue
         ledger = state.pop("ledger")
         ledger["open"] = {int(ticket): place for ticket, place in ledger["open"].items()}

@@ -103,7 +103,7 @@ class Screen:
         return tell
 
     def say(self, line: str) -> None:
-        self.console.print(line)
+        self.console.print(line, soft_wrap=True)  # one line stays one line, however narrow
 
 
 def step_line(row: Mapping[str, Any], in_flight: int) -> str:

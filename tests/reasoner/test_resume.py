@@ -1,0 +1,232 @@
+"""A run that is stopped anywhere and resumed is the run that was never stopped, bit for bit."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from reasoner.__main__ import main
+from reasoner.config import load
+from reasoner.progress import Screen
+from reasoner.train import train
+from rollouts.journal import read
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+TINY = (
+    "--engine.kind=local --steps=6 --tasks_per_step=4 --search.n=6 --tasks.train=64 --tasks.heldout=8 --base.steps=110 "
+    "--base.lr=0.01 --base.batch=16 --base.hidden=32 --base.layers=1 --base.blurt=1.0 --base.haste=0.0 "
+    "--evaluate.tasks=8 --evaluate.n=4 --evaluate.k=2 --sampling.max_tokens=16 --learner.lr_warmup=2 --learner.lr=1e-3 "
+    "--verifier_workers=1 --learner.micro_batches=2 --checkpoint_every=2"
+).split() + ["--tasks.params={min_terms=2, max_terms=2, min_digits=1, max_digits=1}"]
+
+
+class Interrupted(Screen):
+    """Stops the run, as Ctrl-C would, when it says a line that has some words."""
+
+    def __init__(self, words: str = "never said") -> None:
+        super().__init__(Console(file=io.StringIO(), width=200))
+        self.words, self.lines = words, []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        if self.words in line:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def begin(folder: Path, cache: Path, *more: str, screen: Screen | None = None) -> Path:
+    run = load(CONFIG, [a[2:] for a in [*TINY, f"--out={folder}", f"--cache={cache}", *more]])
+    try:
+        return train(run, ray="local", screen=screen or Interrupted())
+    except KeyboardInterrupt:
+        return folder / run.name
+
+
+def go_on(run: Path, *more: str) -> int:
+    return main(["train", f"--resume={run}", *more])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    run = begin(tmp_path_factory.mktemp("undisturbed"), cache)
+    assert metrics(run)[-1]["version"] >= 3, "the model must have learned something"
+    return run
+
+
+def metrics(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in found]
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def paths(run: Path) -> list:
+    return [(step, g.task.id, [r.trajectory.ids for r in g.rollouts]) for step, _, g in read(run / "journal.jsonl")]
+
+
+def same(run: Path, undisturbed: Path) -> bool:
+    """Metrics, weights, rollouts, and what is held out."""
+    finals = [json.loads((each / "summary.json").read_text())["final"] for each in (run, undisturbed)]
+    assert metrics(run) == metrics(undisturbed)
+    assert paths(run) == paths(undisturbed)
+    assert finals[0] == finals[1]
+    return digest(run) == digest(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "words", ["engine    local", "base  ", "training 1/6", "training 2/6", "training 5/6", "final "]
+)
+def test_a_run_stopped_anywhere_and_resumed_equals_one_never_stopped(tmp_path, cache, undisturbed, words):
+    run = begin(tmp_path, cache, screen=Interrupted(words))
+    if not run.exists():
+        return  # nothing had begun
+    assert not (run / "summary.json").exists()
+    assert go_on(run) == 0
+    assert same(run, undisturbed)
+
+
+def test_what_the_journal_has_is_not_rolled_out_again(tmp_path, cache):
+    run = begin(tmp_path, cache, "--checkpoint_every=4", screen=Interrupted("training 3/6"))
+    before = (run / "journal.jsonl").read_bytes()
+    assert go_on(run) == 0
+    after = (run / "journal.jsonl").read_bytes()
+    assert after.startswith(before)
+    tickets = [json.loads(line).get("ticket") for line in after.splitlines()]
+    assert [t for t in tickets if t is not None] == list(range(24))
+
+
+def test_a_checkpoint_that_does_not_load_has_one_before_it(tmp_path, cache, undisturbed):
+    run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    (run / "checkpoints" / "step-4" / "trainer.pt").write_bytes(b"PK")
+    assert go_on(run) == 0
+    assert same(run, undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["torn", "garbage", "zeros"])
+def test_a_damaged_end_of_the_journal_is_cut_and_said(tmp_path, cache, undisturbed, damage, capfd):
+    run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
+    journal = run / "journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes({"torn": whole[:-40], "garbage": whole[:-40] + b"\n{x\n", "zeros": whole + bytes(64)}[damage])
+    assert go_on(run) == 0
+    assert "cut after its last whole record" in capfd.readouterr().err
+    assert same(run, undisturbed)
+
+
+def test_a_run_that_is_complete_says_so(undisturbed, capfd):
+    before = digest(undisturbed)
+    assert go_on(undisturbed) == 0
+    assert "nothing to resume" in capfd.readouterr().err and digest(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--learner.lr=5e-4", "learner.lr = 0.001 in"),
+        ("--steps=9", "steps = 6 in"),
+        ("--search.kind=beam", "search.kind = 'sample' in"),
+        ("--learner.lrr=1", "Did you mean lr"),
+    ],
+)
+def test_a_changed_config_names_the_keys(tmp_path, undisturbed, capsys, change, message):
+    assert go_on(undisturbed, change) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert go_on(tmp_path) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["resume", "begin"])
+def test_a_second_driver_on_a_run_refuses(tmp_path, cache, capsys, how):
+    class Second(Interrupted):
+        def say(self, line: str) -> None:
+            super().say(line)
+            if "training 2/6" in line:
+                again = (
+                    [f"--resume={tmp_path}/quickstart"]
+                    if how == "resume"
+                    else [str(CONFIG), *TINY, f"--out={tmp_path}"]
+                )
+                assert main(["train", *again, *([] if how == "resume" else [f"--cache={cache}"])]) == 2
+                self.error = capsys.readouterr().err
+
+    screen = Second()
+    run = begin(tmp_path, cache, screen=screen)
+    assert "going on" in screen.error and str(os.getpid()) in screen.error
+    assert (run / "summary.json").exists()
+
+
+def test_a_full_disk_stops_the_run_with_all_it_has_written_readable(tmp_path, cache, undisturbed, capfd):
+    class Full(Interrupted):
+        def say(self, line: str) -> None:
+            super().say(line)
+            if "training 3/6" in line:  # no file may grow beyond what the journal has now
+                limit = (tmp_path / "quickstart" / "journal.jsonl").stat().st_size + 300
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="make room, then go on with `reasoner train --resume"):
+            begin(tmp_path, cache, screen=Full())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = tmp_path / "quickstart"
+    assert len(list(read(run / "journal.jsonl"))) == 12
+    assert all(json.loads(line) for line in (run / "journal.jsonl").read_bytes().splitlines())
+    assert go_on(run) == 0
+    assert same(run, undisturbed)
+
+
+def kill_and_resume(tmp_path: Path, cache: Path, *, kills: int, seed: int, more: tuple[str, ...] = ()) -> Path:
+    """SIGKILL the driver `kills` times, each after a random time of its life, then let it end."""
+    luck = random.Random(seed)
+    run, env = tmp_path / "quickstart", os.environ | {"PYTHONPATH": os.getcwd()}
+    fresh = [str(CONFIG), *TINY, f"--out={tmp_path}", f"--cache={cache}", *more]
+    for life in range(kills + 1):
+        arguments = [f"--resume={run}"] if (run / "config.json").exists() else fresh
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reasoner", "train", *arguments], env=env, stderr=subprocess.PIPE, text=True
+        )
+        if life < kills:
+            while not (run / "journal.jsonl").exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(luck.random() * 0.4)
+            process.send_signal(signal.SIGKILL)
+        error = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), error
+    return run
+
+
+def test_a_killed_driver_leaves_a_run_that_can_be_resumed(tmp_path, cache, undisturbed):
+    run = kill_and_resume(tmp_path, cache, kills=1, seed=1)
+    assert same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(tmp_path, cache, undisturbed):
+    run = kill_and_resume(tmp_path, cache, kills=10, seed=2, more=("--checkpoint_every=1",))
+    assert same(run, undisturbed)
+
+
+def test_kept_checkpoints_do_not_pile_up(undisturbed):
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    assert os.readlink(undisturbed / "checkpoint") == "checkpoints/step-6"
