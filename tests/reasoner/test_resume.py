@@ -141,7 +141,7 @@ def test_a_run_that_is_complete_says_so(undisturbed, capfd):
     [
         ("--learner.lr=5e-4", "learner.lr = 0.001 in"),
         ("--steps=9", "steps = 6 in"),
-        ("--search.kind=beam", "search.kind = 'sample' in"),
+        ("--search.n=8", "search.n = 6 in"),
         ("--learner.lrr=1", "Did you mean lr"),
     ],
 )
