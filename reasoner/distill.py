@@ -78,8 +78,8 @@ def heal(
     `learned`, `heldout`: token ids (rows, L). `record` gets one entry a step, and after evaluations one with `kl`; the
     student is whole then.
     """
-    weights = _inputs_only(student)
-    start, step = time.monotonic(), 0
+    weights = attention_inputs(student)
+    start, step, tokens = time.monotonic(), 0, 0
     batches = _batches(learned, healing.batch)
 
     def evaluated() -> dict[str, float]:
@@ -94,20 +94,21 @@ def heal(
         while (done := _done(healing, step, start)) < end:
             rate = healing.lr * (1 - 0.9 * (done - begin) / (end - begin))
             optimizer.param_groups[0]["lr"] = rate
-            value = loss(student, teacher, next(batches), healing)
+            ids_BL = next(batches)
+            value = loss(student, teacher, ids_BL, healing)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
+            step, tokens = step + 1, tokens + ids_BL.numel()
             seconds = round(time.monotonic() - start, 1)
             record({"step": step, "seconds": seconds, "part": loss.__name__, "loss": round(value, 5), "lr": rate})
             if time.monotonic() - looked > healing.evaluate_every:
                 last, looked = evaluated(), time.monotonic()
     last = evaluated()
-    tokens = step * healing.batch * healing.length
     return {"before": before, "after": last, "steps": step, "tokens": tokens, "seconds": time.monotonic() - start}
 
 
-def _inputs_only(student: nn.Module) -> list[nn.Parameter]:
+def attention_inputs(student: nn.Module) -> list[nn.Parameter]:
+    """What is trained; everything else is frozen."""
     student.requires_grad_(False).eval()
     attention = [layer.self_attn for layer in student.model.layers[: student.config.num_hidden_layers]]
     parts = [module for layer in attention for name, module in layer.named_children() if name in INPUTS]
