@@ -191,6 +191,8 @@ def _plan_of_searches(comparison: Comparison) -> str:
 
 def _plan_of_both(run: Run, train_tasks: list[Any], heldout: list[Any]) -> list[str]:
     where = f"{run.engine.kind} in this process"
+    if run.engine.kind == "openai":
+        where = f"{run.engine.model} at {run.engine.url}"
     if run.engine.kind == "vllm":
         each = f"{run.engine.gpus:g} GPU" if run.engine.gpus else f"{run.engine.kv_cache_gib:g} GiB KV cache"
         where = f"{run.engine.count} vLLM on Ray, {each} each"

@@ -382,6 +382,11 @@ def _cross_check(run: Run) -> None:
         )
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"sampling.top_p = {sampling.top_p} must lie in (0, 1]: 1.0 is the model itself")
+    if (engine.kind == "openai") != bool(engine.url) or bool(engine.url) != bool(engine.model):
+        raise ConfigError(
+            f"engine.kind = {engine.kind!r} with engine.url = {engine.url!r} and engine.model = {engine.model!r}: "
+            "a server is named by all three, e.g. kind = 'openai', url = 'http://localhost:8000/v1', model = 'NAME'"
+        )
     for offer in ("arithmetic", "top"):
         if getattr(sampling, offer) and offer not in engine.offers:
             raise ConfigError(

@@ -88,6 +88,11 @@ def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> 
     Args:
         resume: folder of a run that was interrupted, to go on with.
     """
+    if run.engine.kind == "openai":
+        raise ConfigError(
+            f"engine.kind = 'openai': no weights can be pushed to {run.engine.url}, so nothing is learned there: train "
+            "with engine.kind = 'vllm', or evaluate and search"
+        )
     clock = Clock()
     train_tasks, heldout = load_tasks(run)
     with PeakMemory() as memory, ExitStack() as stack:
@@ -149,7 +154,9 @@ def open_stage(
 
         from reasoner.model import load
 
-        model = load(learned or checkpoint, torch.float32)  # small updates vanish in bfloat16 weights
+        served = run.engine.kind == "openai"  # elsewhere, and maybe too large for this machine
+        # float32: small updates vanish in bfloat16 weights
+        model = None if served else load(learned or checkpoint, torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -378,9 +385,10 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
         result = stage.loop.run(table(judged, stage.pool, settings.k))
         paths = [each.sampled.rollouts[0].trajectory for each in judged]
         samples = [spread(path, 0.0) for path in paths if path.sampled_tokens]
-        difference = mismatch(stage.model, samples, stage.tokenizer.pad_token_id)
+        known = stage.model is not None
+        difference = mismatch(stage.model, samples, stage.tokenizer.pad_token_id) if known else None
     accuracy = f"greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}"
-    stage.screen.say(f"{name:<9} {accuracy}  mismatch {difference:.1e} nats")
+    stage.screen.say(f"{name:<9} {accuracy}" + (f"  mismatch {difference:.1e} nats" if known else ""))
     _write_json(stage.folder / f"evaluation-{name}.json", result | {"mismatch": difference})
     return result, difference
 
@@ -456,6 +464,13 @@ def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[An
         from rollouts.local_engine import LocalEngine
 
         yield LocalEngine(load(checkpoint, _dtype(run)), tokenizer, run.sampling, rows=run.engine.max_num_seqs)
+        return
+    if run.engine.kind == "openai":
+        from rollouts.openai_engine import OpenAIEngine
+
+        place = run.engine
+        options = {"context": place.max_model_len, "key": place.key, "at_once": place.max_num_seqs}
+        yield OpenAIEngine(place.url, place.model, tokenizer, run.sampling, **options)
         return
     if run.engine.kind == "paged":
         yield _paged(run, checkpoint, tokenizer)

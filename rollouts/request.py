@@ -17,18 +17,22 @@ class Placement:
     """Where engines live and what each may use: the `[engine]` table of a config."""
 
     # In this process, without Ray: "paged" runs our own model on its kernels, "local" any transformers model.
-    kind: Literal["vllm", "paged", "local"] = "vllm"
+    # "openai": on a server of the completions API, for evaluation and search; the base is then its tokenizer's.
+    kind: Literal["vllm", "paged", "local", "openai"] = "vllm"
     count: int = 1
     gpus: float = 0  # per engine; 0 runs vLLM on the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; the learner is always float32
     max_model_len: int = 1024  # tokens of prompt and response together
     max_num_seqs: int = 256
     kv_cache_gib: float = 0.5  # a vLLM engine on a GPU sizes its own
+    url: str = ""  # of the server's API, with its version: "http://localhost:8000/v1"
+    model: str = ""  # its name there
+    key: str = ""  # sent as a bearer token
 
     @property
     def offers(self) -> frozenset[Offer]:
-        """What such an engine gives a search. On a GPU vLLM draws by its own noise, which knows no arithmetic codes."""
-        own_noise = self.kind != "vllm" or not self.gpus
+        """What such an engine gives a search. A server, and vLLM on a GPU, draw by own noise, which knows no codes."""
+        own_noise = self.kind in ("local", "paged") or self.kind == "vllm" and not self.gpus
         return frozenset({"logprobs", "top", "write"} | ({"arithmetic"} if own_noise else set()))
 
 

@@ -51,6 +51,8 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("policies.mathh.form='any'", ["policies.mathh", "math"]),
         ("policies.math.fomr='any'", ["policies.math", "form"]),
         ("policies.math=3", ["policies.math", "table"]),
+        ("engine.kind='openai'", ["engine.url = ''", "http://localhost:8000/v1"]),
+        ("engine.url='http://localhost:8000/v1'", ["engine.kind = 'vllm'", "engine.model = ''"]),
         ("engine.kind='sglang'", ["'vllm'", "'local'"]),
         ("tasks.train=0", ["train=0"]),
     ],
@@ -58,6 +60,14 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
 def test_a_mistake_is_named_with_its_remedy(override, names):
     message = refused(override)
     assert all(name in message for name in names), message
+
+
+def test_training_on_a_server_that_takes_no_weights_is_refused_before_anything_is_loaded():
+    from reasoner.train import train
+
+    run = load(QUICKSTART, ["engine.kind='openai'", "engine.url='http://localhost:8000/v1'", "engine.model='m'"])
+    with pytest.raises(ConfigError, match="no weights can be pushed to http://localhost:8000/v1.*'vllm'"):
+        train(run, ray="local", screen=None)
 
 
 def test_arithmetic_codes_are_refused_where_vllm_draws_by_its_own_noise():

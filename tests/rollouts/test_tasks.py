@@ -38,6 +38,8 @@ def questions(tasks):
     [
         ({"dataset": "chain_sun"}, "did you mean 'chain_sum'"),
         ({"params": {"max_term": 3}}, "did you mean 'max_terms'"),
+        ({"params": {"seed": 3}}, "params.seed = 3 would be overwritten"),
+        ({"params": {"size": 9}}, "params.size = 9 would be overwritten"),
         ({"params": {"min_terms": 5, "max_terms": 2}}, "max_terms must be >= min_terms"),
         ({"prompt": "{answer}"}, "would show the reference"),
         ({"prompt": "{expresion} ="}, "did you mean 'expression'"),
