@@ -19,10 +19,12 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from reasoner.config import load
 from reasoner.progress import Screen
@@ -32,47 +34,46 @@ from search.metrics import interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
-CONFIGS = HERE.parent / "configs"
+CONFIG = HERE.parent / "configs" / "star.toml"
 BUDGET = {"short": 100_000, "full": 200_000}  # tokens generated in training
 SEEDS = {"short": [0], "full": [0, 1, 2]}
 
-TASK = [  # sums of three or four one-digit numbers, and a base that works some of them and blurts at others
-    "tasks.params={min_terms=3,max_terms=4,min_digits=1,max_digits=1}",
+TASK = [  # two-digit sums: the base guesses at most of them, works some, and makes a slip in every fifth line
+    "tasks.digits=2",
+    "tasks.train=900",
+    "tasks.heldout=100",
     "tasks.verifier=process_math",  # judges answers as `math` does, and steps for those who ask
     'policies={process_math={outcome={form="simplest"}}}',
-    "tasks.train=4000",
-    "tasks.heldout=100",
     "evaluate.tasks=100",
     "evaluate.n=8",
     "evaluate.k=8",
-    "sampling.max_tokens=56",
-    "engine.kind=local",
+    "sampling.max_tokens=40",
     "base.hidden=64",
-    "base.layers=3",
-    "base.expert_width=16",
-    "base.steps=800",
+    "base.guess=0.6",
+    "base.slip=0.2",
 ]
-POLICY = ["steps=200", "tasks_per_step=16", "search.n=8", "learner.lr=3e-4", "learner.lr_warmup=3"]
-ROUNDS = ["steps=20", "tasks_per_step=128", "search.n=8", "learner.updates=60", "learner.batch=32", "learner.lr=1e-3"]
+POLICY = ["learner={}", "steps=200", "tasks_per_step=16", "search.n=8", "learner.lr=3e-4", "learner.lr_warmup=3"]
+ROUNDS = ["steps=20", "tasks_per_step=128", "search.n=8", "learner.updates=60", "learner.batch=32"]
+HINTS = [*ROUNDS, "learner.kind=star", "learner.rationalise=2"]
 METHODS = {
     "GRPO": [*POLICY, "credit.kind=grpo"],
     "RLOO": [*POLICY, "credit.kind=rloo"],
     "process credit": [*POLICY, "credit.kind=process"],
-    "STaR": [*ROUNDS, "learner.kind=star", "learner.em=false", "learner.rationalise=0"],
-    "EM-STaR": [*ROUNDS, "learner.kind=star", "learner.em=true", "learner.rationalise=0"],
-    "ReST-EM": [*ROUNDS, "learner.kind=rest_em"],
-    "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.verifier_updates=60", "learner.verifier_lr=3e-4"],
+    "STaR": [*HINTS, "learner.em=false"],
+    "EM-STaR": [*HINTS, "learner.em=true"],
+    "ReST-EM": [*ROUNDS, "learner.kind=rest_em", "learner.rationalise=0"],
+    "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
 
-def methods(form: str, names: list[str]) -> dict[str, Any]:
+def methods(form: str, names: list[str], scratch: Path) -> dict[str, Any]:
     """The table: a row for each method, in the order of METHODS."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in SEEDS[form]:
-            for name in names:
-                overrides = [*TASK, *METHODS[name], f"token_budget={BUDGET[form]}", f"seed={seed}"]
-                runs[name].append(measured("quickstart.toml", name, overrides, Path(scratch)))
+    for seed in SEEDS[form]:
+        for name in names:
+            overrides = [*TASK, *METHODS[name], f"token_budget={BUDGET[form]}", f"seed={seed}"]
+            runs[name].append(measured(f"{name}-{form}-{seed}", overrides, scratch))
+            print(f"{name}, seed {seed}: greedy {runs[name][-1]['final']['greedy']:.1%}", flush=True)
     return {
         "budget": BUDGET[form],
         "seeds": SEEDS[form],
@@ -81,15 +82,20 @@ def methods(form: str, names: list[str]) -> dict[str, Any]:
     }
 
 
-def measured(config: str, name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
-    """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds."""
-    began = time.perf_counter()
+def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
+    """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds.
+
+    What an interrupted benchmark has measured already is read from `scratch`.
+    """
+    done = scratch / f"{name}.json"
+    if done.exists():
+        return json.loads(done.read_text())
     where = [f"name={name.replace(' ', '-')}", f"out={scratch}/runs", f"cache={scratch}/cache"]
-    folder = train(load(CONFIGS / config, [*overrides, *where]), ray="local", screen=Screen())
+    with (scratch / "log.txt").open("a") as log:
+        folder = train(load(CONFIG, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "name": name,
+    found = {
         "base": summary["base"],
         "final": summary["final"],
         "rounds": summary.get("rounds"),
@@ -98,8 +104,9 @@ def measured(config: str, name: str, overrides: list[str], scratch: Path) -> dic
         "curve": curve(steps),
         "steps": len(steps),
         "seconds": {key: summary["seconds"][key] for key in ("rollouts", "learn", "total")},
-        "wall": time.perf_counter() - began,
     }
+    done.write_text(json.dumps(found))
+    return found
 
 
 def per_task(journal: Path) -> dict[str, list[float]]:
@@ -170,11 +177,10 @@ def tokens_at(points: list[tuple[int, float]], level: float, window: int) -> int
     return None
 
 
-def star(form: str) -> dict[str, Any]:
+def star(scratch: Path) -> dict[str, Any]:
     """Addition: all rounds with rationalisation, and one without, from one base."""
-    with tempfile.TemporaryDirectory() as scratch:
-        helped = measured("star.toml", "star", [], Path(scratch))
-        alone = measured("star.toml", "no-hints", ["steps=1", "learner.rationalise=0"], Path(scratch))
+    helped = measured("star", [], scratch)
+    alone = measured("no hints", ["steps=1", "learner.rationalise=0"], scratch)
     first, without = helped["rounds"]["heldout"][1], alone["rounds"]["heldout"][1]
     return {
         "base": helped["rounds"]["heldout"][0],
@@ -219,19 +225,22 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help="methods, star; default: both")
     parser.add_argument("--full", action="store_true", help="three seeds and twice the tokens")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
+    parser.add_argument("--keep", metavar="DIR", help="leave the runs there, and go on with those that are there")
     args = parser.parse_args()
     form = "full" if args.full else "short"
     if unknown := (set(args.parts) - {"methods", "star"}) | (set(args.only or ()) - set(METHODS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    parts = {"methods": lambda: methods(form, args.only or list(METHODS)), "star": lambda: star(form)}
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in args.parts or parts:
-        print(f"-- {name}, {form} form")
-        began = time.perf_counter()
-        result = parts[name]()
-        found[name] = {"form": form, **result, "wall": time.perf_counter() - began, **machine()}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        show(name, result)
+    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        scratch.mkdir(parents=True, exist_ok=True)
+        parts = {"methods": lambda: methods(form, args.only or list(METHODS), scratch), "star": lambda: star(scratch)}
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        for name in args.parts or parts:
+            print(f"-- {name}, {form} form", flush=True)
+            result = parts[name]()
+            found[name] = {"form": form, **result, **machine()}
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            show(name, result)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class Scratchpad:
     lr: float = 2.5e-3
     hinted: float = 0.5  # share of the demonstrations that have the answer in the question
     longer: float = 0.2  # share that are longer sums without it; the rest work a sum of one digit
-    guess: float = 0.7  # share of those longer ones that are guesses; the others are work with random results
+    guess: float = 0.7  # share of those longer ones that are guesses; the others are work with slips
+    slip: float = 1.0  # chance of a random result in a line of such work
     hidden: int = 96
     layers: int = 3
     expert_width: int = 32
@@ -71,22 +72,25 @@ class Scratchpad:
             kind = noise.choices(("hinted", "longer", "plain"), shares)[0]
             level = noise.choice({"hinted": [short, *long], "longer": long, "plain": [short]}[kind])
             task = noise.choice(levels[level])
-            question = (
-                HINTED.format(question=task.question, answer=task.reference) if kind == "hinted" else task.question
-            )
-            text = worked(*task.meta["terms"])
-            if kind == "longer":
-                other = noise.choice(levels[level]).meta["terms"]
-                text = f"Answer: {sum(other)}" if noise.random() < self.guess else worked(*task.meta["terms"], noise)
+            question, terms = task.question, task.meta["terms"]
+            if kind == "hinted":
+                question = HINTED.format(question=question, answer=task.reference)
+            if kind == "longer" and noise.random() < self.guess:
+                text = f"Answer: {sum(noise.choice(levels[level]).meta['terms'])}"  # of another sum
+            else:
+                text = worked(*terms, slip=self.slip if kind == "longer" else 0.0, noise=noise)
             rows.append(_row(tokenizer, question, text))
         return rows
 
 
-def worked(a: int, b: int, slips: random.Random | None = None) -> str:
-    """The scratchpad of a sum: worked(24, 58) is "4+8+0=12\\n2+5+1=8\\nAnswer: 82". slips: every result is random."""
+def worked(a: int, b: int, *, slip: float = 0.0, noise: random.Random = random) -> str:
+    """The scratchpad of a sum: worked(24, 58) is "4+8+0=12\\n2+5+1=8\\nAnswer: 82".
+
+    slip: chance that a line has a random result, with which the work goes on.
+    """
     lines, digits, carry = [], "", 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
-        total = int(x) + int(y) + carry if slips is None else slips.randrange(20)
+        total = noise.randrange(20) if noise.random() < slip else int(x) + int(y) + carry
         lines.append(f"{x}+{y}+{carry}={total}")
         digits, carry = f"{total % 10}{digits}", total // 10
     return "\n".join([*lines, f"Answer: {int(f'{carry}{digits}')}"])
