@@ -19,6 +19,7 @@ except ImportError as error:
     sys.exit(print(f"reasoner: {error}", file=sys.stderr) or 2)
 from reasoner import convert_command, prm_command, verify  # noqa: E402
 from reasoner.config import Comparison, ConfigError, Run, load, load_any, load_comparison, resume  # noqa: E402
+from reasoner.star import Star  # noqa: E402
 from rollouts.score import refuse_key  # noqa: E402
 
 
@@ -57,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     where = "start Ray here, join a running cluster, or connect to one (default: local)"
-    sub = command("train", _train, "train a model and evaluate it before and after")
+    sub = command(
+        "train", _train, "train a model (by policy gradients or in rounds of STaR) and evaluate it before and after"
+    )
     sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
     sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, e.g. runs/quickstart")
     sub.add_argument("--dry-run", action="store_true", help="check all, print the plan, load and write nothing")
@@ -162,15 +165,26 @@ def plan(run: Run | Comparison) -> str:
         return _plan_of_searches(run)
     train_tasks, heldout = load_tasks(run)
     paths = run.tasks_per_step * getattr(run.search, "responses", getattr(run.search, "n", 1))
+    star = run.learner if isinstance(run.learner, Star) else None
     return "\n".join(
         [
-            f"{run.name}: {run.steps} steps, seed {run.seed}",
+            f"{run.name}: {run.steps} {'rounds' if star else 'steps'}, seed {run.seed}",
             *_plan_of_both(run, train_tasks, heldout),
-            f"step      {run.tasks_per_step} tasks, {paths} paths, at most {paths * run.sampling.max_tokens} tokens",
+            f"{'round' if star else 'step':<9} {run.tasks_per_step} tasks, {paths} paths, "
+            f"at most {paths * run.sampling.max_tokens} tokens",
+            *_plan_of_rounds(run.steps, star),
             f"eval      {len(heldout)} tasks x (1 greedy + {run.evaluate.n} sampled), twice",
             f"writes    {run.out}/{run.name}/",
         ]
     )
+
+
+def _plan_of_rounds(rounds: int, star: Star | None) -> list[str]:
+    if star is None:
+        return []
+    updates = ", ".join(str(star.length(number)) for number in range(min(rounds, 5)))
+    helped = f"{star.rationalise} paths with the answer as a hint where all fail; " if star.rationalise else ""
+    return [f"learns    {helped}at most {star.keep} paths a problem, {updates}{' ...' if rounds > 5 else ''} updates"]
 
 
 def _plan_of_searches(comparison: Comparison) -> str:

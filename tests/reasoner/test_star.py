@@ -233,3 +233,10 @@ def test_a_round_that_verifies_nothing_ends_with_what_to_change(tmp_path, capsys
     assert train(tmp_path, "--base.steps=1", "--learner.rationalise=0", "--steps=1") == 2
     said = capsys.readouterr().err
     assert "round 0 verified no path of 24 problems" in said and "learner.rationalise = 4" in said
+
+
+def test_the_plan_of_a_run_in_rounds_says_what_each_round_does(capsys):
+    assert main(["check", str(CONFIG), "--steps=3", "--learner.updates=40", "--learner.rationalise=4"]) == 0
+    said = capsys.readouterr().out
+    assert "star: 3 rounds" in said
+    assert "4 paths with the answer as a hint where all fail; at most 4 paths a problem, 40, 48, 58 updates" in said
