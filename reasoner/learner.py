@@ -7,7 +7,6 @@ on in TRL 1.16 is pinned by tests/reasoner/test_trl_contract.py.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,35 +109,43 @@ class PolicyTrainer(GRPOTrainer):
         self._batches = loop(self.snapshot)
         self._start = start
         self._started = False
-        self._experts: Tensor | None = None  # of the batch now in work, for router replay
-        self.mismatch = float("nan")
+        self._inputs: dict[str, Tensor] = {}  # of the piece of a batch now in work
+        self._apart: list[tuple[Tensor, Tensor]] = []  # of each piece: nats between policy and sampler, tokens
         self.step_metrics: dict[str, float] = {}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        self._experts = inputs.get("experts")
+        self._inputs = inputs
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **rest: Any
-    ) -> tuple[Tensor, Tensor, None]:
-        """TRL's own on a CPU works the head out for every column, prompts too; here only completions cost one."""
-        if not is_plain(model):  # wrapped by accelerate or PEFT, or with a head of its own
-            return super()._get_per_token_logps_and_entropies(
+    ) -> tuple[Tensor, Tensor, Any]:
+        """TRL's own on a CPU works the head out for every column, prompts too; here only completions cost one.
+
+        An optimizer step is one pass over its batch, so the policy that the ratio is taken against is the one that
+        these log-probabilities are of: the importance correction needs no pass of its own.
+        """
+        auxiliary = None
+        if is_plain(model):
+            experts = self._inputs.get("experts")
+            logps_BT, entropies_BT = token_logprobs(
+                model, input_ids, attention_mask, logits_to_keep, temperature=self.temperature, experts=experts
+            )
+        else:  # wrapped by accelerate or PEFT, or with a head of its own
+            logps_BT, entropies_BT, auxiliary = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **rest
             )
-        size = batch_size or len(input_ids)
-        given = zip(
-            input_ids.split(size),
-            attention_mask.split(size),
-            itertools.repeat(None) if self._experts is None else self._experts.split(size),
-            strict=False,
+        self._correct(logps_BT.detach())
+        return logps_BT, entropies_BT, auxiliary
+
+    def _correct(self, logps_BT: Tensor) -> None:
+        """Give the piece now in work its importance ratios."""
+        mask_BT = self._inputs["tool_mask"]
+        difference_BT = (logps_BT - self._inputs["sampling_per_token_logps"]) * mask_BT
+        self._apart.append((difference_BT.abs().sum(), mask_BT.sum()))
+        self._inputs["importance_sampling_ratio"] = importance_ratio(
+            difference_BT, self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max
         )
-        parts = [
-            token_logprobs(model, ids_BL, mask_BL, logits_to_keep, temperature=self.temperature, experts=experts)
-            for ids_BL, mask_BL, experts in given
-        ]
-        logps, entropies = zip(*parts, strict=True)
-        return torch.cat(logps), torch.cat(entropies), None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         return self._tensors(self._next_batch())
@@ -177,7 +184,8 @@ class PolicyTrainer(GRPOTrainer):
         names = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "clip_ratio/region_mean": "clip_ratio"}
         if "loss" in logs:
             found = {ours: float(logs[theirs]) for theirs, ours in names.items() if logs.get(theirs) is not None}
-            self.step_metrics = found | {"mismatch": self.mismatch}
+            apart, tokens = (sum(each).item() for each in zip(*self._apart, strict=True))
+            self.step_metrics, self._apart = found | {"mismatch": apart / tokens}, []
 
     def finish(self) -> None:
         """Let the generator run to its end after the last step."""
@@ -190,24 +198,7 @@ class PolicyTrainer(GRPOTrainer):
             samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation, config=self.model.config
         )
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        mask_BT, self._experts = batch["tool_mask"], batch.get("experts")
-        with torch.no_grad():
-            logps_BT, _, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                mask_BT.shape[1],
-                batch_size=-(-len(mask_BT) // self.args.steps_per_generation),
-            )
-        difference_BT = (logps_BT - batch["sampling_per_token_logps"]) * mask_BT
-        self.mismatch = (difference_BT.abs().sum() / mask_BT.sum()).item()
-        return batch | {
-            "old_per_token_logps": logps_BT,
-            "importance_sampling_ratio": importance_ratio(
-                difference_BT, self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max
-            ),
-            "num_items_in_batch": mask_BT.sum(),
-        }
+        return batch | {"num_items_in_batch": batch["tool_mask"].sum()}
 
 
 def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: Any = None) -> dict[str, Tensor]:
