@@ -452,6 +452,8 @@ def _check_rounds(run: Run, star: Star) -> None:
         star.check(run.steps)
     except ValueError as error:
         raise ConfigError(f"learner: {error}") from None
+    if star.rationalise and isinstance(run.search, Episode):
+        raise ConfigError("the tasks answer back, a hint does not help to play them: set learner.rationalise = 0")
     rows = run.tasks_per_step * min(star.keep, max(getattr(run.search, "n", star.keep), star.rationalise))
     if rows < star.batch:
         raise ConfigError(

@@ -27,7 +27,7 @@ from reasoner.credit import spread
 from reasoner.evaluate import greedily
 from reasoner.learner import logprobs, prefer, supervise
 from reasoner.model import export, load, save
-from reasoner.star import Star, VStar, hinted, reason_to_drop, resample, sift, stripped, structure, weights
+from reasoner.star import Star, VStar, reason_to_drop, resample, sift, stripped, structure, weights
 from reasoner.train import Deck, Stage, draw, push, statistics, tokens_so_far
 from rollouts.base import Group, Rollout
 from rollouts.journal import Journal, cut, read
@@ -152,7 +152,7 @@ def gather(stage: Stage, tasks: Sequence[Task], number: int) -> Harvest:
     failed = [group.task for group in groups if group.task.id not in problems]
     if not (star.rationalise and failed):
         return Harvest(groups, [], problems, dropped, Counter(), None)
-    helped = [hinted(task, star.hint) for task in failed]
+    helped = star.helped(failed)
     answers = draw(stage, helped, seed=derive(run.seed, "hinted", number), search=Sample(star.rationalise))
     threshold = quantile(_nats_per_token(stage, [r for g in groups for r in g.rollouts]), star.plausible)
     candidates, improbable = _plausible(stage, failed, answers, threshold)

@@ -34,7 +34,7 @@ class Star:
     lr: float = 1e-4
     keep: int = 4  # verified paths of a problem at most, no two with the same intermediate results
     em: bool = True  # one unit of weight for each solved problem; false: one for each path
-    accumulate: bool = False  # train on the paths of all rounds so far, not of the last alone
+    accumulate: bool = False  # train on the newest paths of every problem so far, not on the last round's alone
     rationalise: int = 4  # paths drawn with the answer as a hint for each failed problem; 0: none
     hint: str = "{question}\n\nHint: {answer}"  # the question that rationalisation asks
     plausible: float = 0.05  # a rationalisation must be likelier, per token and without the hint, than this share of
@@ -54,6 +54,18 @@ class Star:
 
     def check(self, steps: int) -> None:
         """Raise ValueError when so many rounds make no sense."""
+
+    def helped(self, tasks: Sequence[Task]) -> list[Task]:
+        """The tasks with the answer in the question, [] without rationalisation. ValueError where it cannot stand there."""
+        if not self.rationalise:
+            return []
+        for task in tasks:
+            if not isinstance(task.reference, str | int | float):
+                raise ValueError(
+                    f"task {task.id}: a {type(task.reference).__name__} is no answer to put into a question: set "
+                    "learner.rationalise = 0"
+                )
+        return [hinted(task, self.hint) for task in tasks]
 
     def length(self, number: int) -> int:
         """Optimizer steps of round `number`, counted from 0."""

@@ -79,6 +79,8 @@ def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
             f"evaluate.tasks = {run.evaluate.tasks} exceeds the {len(heldout)} held-out tasks: lower it or add some"
         )
     run.base.check(train_tasks)
+    if isinstance(run.learner, Star):
+        run.learner.helped(train_tasks)
     return train_tasks, heldout[: run.evaluate.tasks]
 
 
@@ -160,7 +162,8 @@ def open_stage(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        _require_room(run, tokenizer, [*tasks, *heldout])
+        helped = run.learner.helped(tasks) if isinstance(run.learner, Star) else []
+        _require_room(run, tokenizer, [*tasks, *heldout, *helped])
         engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
         pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout, policies=dict(run.policies)))
         loop = stack.enter_context(Loop())
@@ -508,7 +511,12 @@ def _dtype(run: Run) -> Any:
 
 
 def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
-    longest = max(len(encode(tokenizer, task)) for task in tasks)
+    try:
+        longest = max(len(encode(tokenizer, task)) for task in tasks)
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise ConfigError(
+            f"the base model's tokenizer cannot spell a question or learner.hint ({error}): word them otherwise"
+        ) from None
     if longest + run.sampling.max_tokens > run.engine.max_model_len:
         raise ConfigError(
             f"the longest prompt has {longest} tokens and sampling.max_tokens = {run.sampling.max_tokens}, more than "

@@ -1,13 +1,14 @@
 """What a batch becomes, and that a step of TRL's trainer moves the policy the way the advantages say."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from reasoner.config import Learner
 from reasoner.credit import Sample
-from reasoner.learner import collate, importance_ratio, learn, mismatch, supervise
+from reasoner.learner import collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
 
 TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
@@ -179,3 +180,20 @@ def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path):
     assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
     biases = [b for name, b in policy.named_buffers() if name.endswith("e_score_correction_bias")]
     assert any(b.abs().sum() > 0 for b in biases)
+
+
+def test_preference_raises_the_chosen_answer_over_the_rejected_one(tmp_path):
+    policy = model()
+    prompt, right, wrong = (TOKENIZER.encode(text) for text in ("3+4=\n", "Answer: 7", "Answer: 8"))
+    pairs = [{"prompt": prompt, "chosen": right, "rejected": wrong}] * 4
+
+    def margin():
+        first, second = logprobs(policy, [sample("Answer: 7", 0.0, policy), sample("Answer: 8", 0.0, policy)], 0)
+        return first - second
+
+    before = margin()
+    losses = []
+    settings = {"steps": 8, "batch": 4, "lr": 1e-3, "beta": 0.1, "seed": 0, "folder": tmp_path}
+    prefer(policy, TOKENIZER, pairs, **settings, progress=lambda step, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the model as it was given is the reference
+    assert margin() > before + 0.5 and losses[-1] < losses[0]

@@ -5,14 +5,19 @@ import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reasoner.__main__ import main
 from reasoner.config import ConfigError, load
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
+from reasoner.rounds import _plausible, quantile
 from reasoner.star import RFT, Star, hinted, leaks, resample, sift, structure, weights
 from rollouts.base import Group, Rollout
 from rollouts.journal import read
+from rollouts.roll_out import encode
 from search.base import Step, Trajectory
 from verifiers.base import Task, Verdict
 
@@ -71,6 +76,30 @@ def test_a_rationalisation_that_repeats_the_wording_of_the_hint_is_dropped():
     hint = "{question} (Somebody wrote {answer} in the margin.)"
     assert leaks("3+4=7, as somebody wrote: 5", hint) and leaks("It is in the margin: 5", hint)
     assert not leaks("3+4=7\n7-2=5\nSo it is 5", hint)
+
+
+def test_a_rationalisation_that_the_model_would_not_say_by_itself_is_dropped_and_counted():
+    torch.manual_seed(0)
+    tokenizer = char_tokenizer("0123456789+-= :\nAnswer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    model = ReasonerForCausalLM(ReasonerConfig.small(len(tokenizer), **sizes))
+    stage = SimpleNamespace(model=model, tokenizer=tokenizer, run=SimpleNamespace(learner=Star(hint=HINT)))
+    ids = tuple(tokenizer.encode("3+4=7\n7-2=5\nAnswer: 5")) + (tokenizer.eos_token_id,)
+    step = Step(ids, (0.0,) * len(ids), "3+4=7\n7-2=5\nAnswer: 5")  # certain, with the hint
+    helped = [Group(TASK, (Rollout(TASK, Trajectory((5, 6, 7, 8), (step,), end="stop"), RIGHT),))]
+    prompt = encode(tokenizer, TASK)
+    with torch.no_grad():
+        laws = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    alone = laws[torch.arange(len(ids)), torch.tensor(ids)].mean().item()  # per token, without the hint
+    kept_groups, lost = _plausible(stage, [TASK], helped, alone - 0.01)
+    assert lost == 0 and kept_groups[0].rollouts[0].trajectory.prompt == prompt
+    kept_groups, lost = _plausible(stage, [TASK], helped, alone + 0.01)
+    assert lost == 1 and kept_groups[0].rollouts == ()
+
+
+def test_the_level_to_reach_is_a_share_of_the_models_own_paths():
+    assert quantile([-3.0, -1.0, -2.0, -4.0], 0.25) == -3.0
+    assert quantile([-3.0, -1.0], 0.0) is None and quantile([], 0.5) is None
 
 
 # --- what is kept
@@ -153,6 +182,17 @@ def test_every_round_is_longer_than_the_one_before():
 def test_a_mistake_is_told_before_anything_is_loaded(overrides, message):
     with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("[", r"\[").replace(")", r"\)")):
         load(CONFIG, overrides)
+
+
+def test_a_hint_that_the_base_cannot_spell_is_told_before_the_first_path(tmp_path, capsys):
+    assert train(tmp_path, "--base.steps=1", "--learner.hint={question} Hint: {answer}") == 2
+    assert "cannot spell a question or learner.hint" in capsys.readouterr().err
+
+
+def test_tasks_whose_answer_is_no_text_cannot_be_rationalised():
+    with pytest.raises(ValueError, match="set learner.rationalise = 0"):
+        Star().helped([Task("t", TASK.prompt, {"entry": 5}, "reasoning_gym")])
+    assert Star(rationalise=0).helped([Task("t", TASK.prompt, {"entry": 5}, "reasoning_gym")]) == []
 
 
 def test_a_variant_is_a_kind_with_its_own_settings():
