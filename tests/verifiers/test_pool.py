@@ -87,11 +87,15 @@ def test_verdicts_come_in_order_around_hanging_responses(pool):
 
 
 def test_pool_is_whole_after_a_hundred_hanging_responses(pool):
+    def seconds() -> float:
+        start = time.monotonic()
+        assert all(v.correct for v in ask(pool, *["yes"] * 1000))
+        return time.monotonic() - start
+
+    before = min(seconds() for _ in range(2))
     said = ask(pool, *["hang"] * 100, timeout=0.05)
     assert all(v.status == "failed" for v in said)
-    start = time.monotonic()
-    assert all(v.correct for v in ask(pool, *["yes"] * 1000))
-    assert time.monotonic() - start < 1.0
+    assert min(seconds() for _ in range(3)) < 5 * before + 0.1
     assert len(pool._workers) <= pool.size + pool.spare
 
 
