@@ -128,7 +128,7 @@ def test_a_step_of_the_learner_goes_through_the_recorded_experts(tmp_path):
         yield samples
 
     options = dict(steps=1, seed=0, temperature=1.0, max_completion=16, folder=tmp_path)
-    learn(policy, TOKENIZER, batches(), Learner(lr=1e-2, micro_batches=2, balance_rate=0.0), **options)
+    learn(policy, TOKENIZER, lambda snapshot: batches(), Learner(lr=1e-2, micro_batches=2, balance_rate=0.0), **options)
     gone = policy.model.layers[1].mlp.experts.down_proj - before["model.layers.1.mlp.experts.down_proj"]
     moved = {expert for expert in range(8) if gone[expert].abs().max() > 0}
     assert {2, 5} <= moved
@@ -174,7 +174,7 @@ def test_trls_own_way_gives_the_same_loss_and_step(tmp_path, monkeypatch):
             heard.append((yield samples))
 
         options = dict(steps=1, seed=0, temperature=1.0, max_completion=16, folder=tmp_path / name)
-        learn(policy, TOKENIZER, batches(), Learner(lr=1e-3, balance_rate=0.0), **options)
+        learn(policy, TOKENIZER, lambda snapshot: batches(), Learner(lr=1e-3, balance_rate=0.0), **options)
         results.append((heard[0], policy))
     (mine, one), (theirs, other) = results
     for key in ("loss", "grad_norm", "entropy", "mismatch"):
