@@ -1,5 +1,7 @@
 """Our model against transformers' DeepseekV3ForCausalLM on the same checkpoint: logits, gradients, cached decoding."""
 
+import random
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -62,6 +64,50 @@ def test_logits_equal_those_of_transformers(pair):
     logits = ours(tokens()).logits
     assert largest(logits) > 1  # else agreement says nothing
     assert largest(logits - theirs(tokens()).logits) < 1e-4
+
+
+def drawn(seed: int) -> dict:
+    """A random configuration: sizes, groups, dense layers, query latent, shared experts."""
+    draw = random.Random(seed).choice
+    groups = draw([1, 2, 4])
+    return dict(
+        hidden_size=draw([32, 48, 72]),
+        num_hidden_layers=draw([1, 2, 4]),
+        first_k_dense_replace=draw([0, 1, 2]),
+        num_attention_heads=draw([1, 3, 4]),
+        q_lora_rank=draw([None, 24, 40]),
+        kv_lora_rank=draw([16, 64, 80]),
+        qk_nope_head_dim=draw([8, 32]),
+        qk_rope_head_dim=draw([4, 16]),
+        v_head_dim=draw([8, 24, 48]),
+        n_routed_experts=(experts := draw([8, 16, 32])),
+        n_group=groups,
+        topk_group=(open_groups := draw([g for g in (1, 2, 4) if g <= groups])),
+        num_experts_per_tok=draw([k for k in (1, 2, 5, 8) if k <= experts // groups * open_groups]),
+        n_shared_experts=draw([1, 3]),
+        moe_intermediate_size=draw([8, 40]),
+        norm_topk_prob=draw([True, False]),
+        routed_scaling_factor=draw([1.0, 2.5]),
+        num_mtp_layers=draw([0, 1, 2]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_configuration_equals_transformers_in_prefill_and_cached_decoding(seed, tmp_path):
+    ours = random_model(seed, **drawn(seed))
+    save(ours, char_tokenizer("0123456789"), tmp_path / "checkpoint")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        whole = [model(tokens()).logits for model in (ours, theirs)]
+        first = [model(tokens()[:, :14], use_cache=True) for model in (ours, theirs)]
+        pieces = [first[0].logits]
+        for column in range(14, 23):
+            step = ours(tokens()[:, column : column + 1], past_key_values=first[0].past_key_values)
+            pieces.append(step.logits)
+    assert largest(whole[0]) > 1
+    assert largest(whole[0] - whole[1]) < 1e-4
+    assert largest(torch.cat(pieces, dim=1) - whole[1]) < 1e-4
+    assert largest(first[0].logits - first[1].logits) < 1e-4
 
 
 def test_cached_decoding_equals_transformers_with_left_padding(pair):
