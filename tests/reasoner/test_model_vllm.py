@@ -38,7 +38,7 @@ requests = [{"prompt_token_ids": prompt} for prompt in prompts]
 """
 
 LOGPROBS = """
-model, engine = build(), serve()
+model, engine = build(**CHANGES), serve()
 sampling = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, prompt_logprobs=0, seed=1, ignore_eos=True)
 worst = {"prefill": 0.0, "decode": 0.0}
 for prompt, request in zip(prompts, engine.generate(requests, sampling)):
@@ -55,6 +55,31 @@ for prompt, request in zip(prompts, engine.generate(requests, sampling)):
     worst["decode"] = max(worst["decode"], difference[len(prompt) - 1 :].max().item())
 print("worst", worst)
 assert max(worst.values()) < 1e-4, worst
+"""
+
+REPLAY = """
+model, engine = build(n_group=4, topk_group=2), serve(enable_return_routed_experts=True)
+sampling = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, seed=1, ignore_eos=True)
+with torch.no_grad():  # another policy than the one that sampled: it would choose otherwise
+    for block in model.model.layers[1:]:
+        block.mlp.gate.weight.add_(0.05 * torch.randn_like(block.mlp.gate.weight))
+for prompt, request in zip(prompts, engine.generate(requests, sampling)):
+    ids = torch.tensor([prompt + list(request.outputs[0].token_ids)])
+    routed = torch.as_tensor(request.outputs[0].routed_experts).long()
+    print("routed_experts", tuple(routed.shape), "of", ids.shape[1], "tokens")
+    if len(routed) < ids.shape[1]:  # the last sampled token is never run through the model
+        routed = torch.cat([routed, routed.new_full((ids.shape[1] - len(routed), *routed.shape[1:]), -1)])
+    recorded = routed[None].clone()
+    recorded[:, :, 0] = -1  # a dense layer has none
+    with torch.no_grad():
+        replayed, free = (model(ids, output_experts=True, experts=e).experts for e in (recorded, None))
+    known = slice(0, request.outputs[0].routed_experts.shape[0])
+    same = lambda used: (used[0, known, 1:].sort(-1).values == routed[known, 1:].sort(-1).values).float().mean().item()
+    print("replayed", same(replayed), "chosen anew", same(free))
+    assert same(replayed) == 1.0 > same(free)
+with torch.no_grad():
+    chosen = load(sys.argv[1])(ids, output_experts=True).experts
+assert same(chosen) > 0.99, same(chosen)  # the policy that sampled chooses as vLLM did, up to ties in rounding
 """
 
 SPECULATION = """
@@ -76,8 +101,22 @@ def run(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_vllm_gives_the_same_logprobs(tmp_path):
-    print(run(LOGPROBS, tmp_path)[-200:])
+SHAPES = {
+    "small": {},
+    "groups, query latent": dict(
+        n_group=4, topk_group=2, q_lora_rank=48, routed_scaling_factor=2.5, n_shared_experts=2
+    ),
+    "every layer has experts": dict(first_k_dense_replace=0, norm_topk_prob=False),
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_vllm_gives_the_same_logprobs(changes, tmp_path):
+    print(run(f"CHANGES = {changes!r}" + LOGPROBS, tmp_path)[-200:])
+
+
+def test_experts_recorded_by_vllm_are_replayed(tmp_path):
+    print(run(REPLAY, tmp_path)[-400:])
 
 
 def test_vllm_speculates_with_the_mtp_module_and_says_the_same_tokens(tmp_path):
