@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def add_distill_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reverse", type=float, default=0.0, help="share of KL(student || teacher) in the loss (default: 0)")
     add("--temperature", type=float, default=1.0, help="of both laws (default: 1)")
     add("--smoothing", type=float, default=0.0, help="share of the labels spread over the vocabulary (default: 0)")
+    add("--on-policy", type=int, default=0, metavar="STEPS", help="then so many on the student's own continuations")
     add("--evaluate-every", type=float, default=120.0, metavar="SECONDS", help="(default: 120)")
     add("--text", type=Path, help="a file or folder to learn from (default: the installed packages' descriptions)")
 
@@ -76,6 +78,7 @@ def distill(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from reasoner import corpus
+    from reasoner.convert import compare
     from reasoner.distill import Healing, heal, require_pair
     from reasoner.model import load, save
 
@@ -96,12 +99,38 @@ def distill(args: argparse.Namespace) -> None:
                 save(student, tokenizer, args.to / "checkpoint")
 
         summary = heal(student, teacher, learned, heldout[:HELDOUT], healing, record)
+        if args.on_policy:
+            _on_policy(student, teacher, tokenizer, learned, args, record)
+            summary["after"] = compare(teacher, student, heldout[:HELDOUT])
+            record({"step": summary["steps"] + args.on_policy, "seconds": summary["seconds"], **summary["after"]})
     save(student.to(dtype), tokenizer, args.to / "checkpoint")
     settings = {name: getattr(healing, name) for name in Healing.__dataclass_fields__}
     summary |= {"student": str(args.student), "teacher": str(args.teacher), **settings}
     (args.to / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"KL {summary['before']['kl']:.4f} -> {summary['after']['kl']:.4f} nats on held-out text")
     print(f"written: {args.to / 'checkpoint'}")
+
+
+def _on_policy(student: Any, teacher: Any, tokenizer: Any, learned: Any, args: Any, record: Any) -> None:
+    """The student continues the first half of rows it has not begun with, and learns from the teacher's law there."""
+    from reasoner.learner import imitate
+
+    with tempfile.TemporaryDirectory() as scratch:
+        imitate(
+            student,
+            teacher,
+            tokenizer,
+            learned.flip(0)[: args.on_policy * args.batch, : args.length // 2].tolist(),
+            steps=args.on_policy,
+            batch=args.batch,
+            lr=args.lr / 10,
+            seed=0,
+            folder=Path(scratch),
+            max_completion=args.length // 2,
+            temperature=args.temperature,
+            progress=lambda step, loss: record({"on_policy_step": step, "loss": loss}),
+        )
+    student.eval()
 
 
 def original(given: Path) -> Path:

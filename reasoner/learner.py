@@ -21,7 +21,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import import_utils
 
 import_utils.is_vllm_available = lambda min_version=None: False  # engines live in actors: keep vllm out of here
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from reasoner.config import Learner  # noqa: E402
 from reasoner.credit import Sample  # noqa: E402
@@ -329,6 +338,55 @@ def supervise(
     trainer.add_callback(_AfterStep(lambda: balance(model, balance_rate)))
     trainer.add_callback(_OnLog(lambda step, logs: progress(step, logs["loss"]) if "loss" in logs else None))
     trainer.train()
+
+
+def imitate(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    folder: Path,
+    max_completion: int = 64,
+    temperature: float = 1.0,
+    divergence: float = 1.0,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """On-policy distillation with TRL's DistillationTrainer: the model continues `prompts` (token ids) by itself, and
+    its next-token law is drawn to the teacher's along what it wrote (Agarwal et al. 2023, arXiv 2306.13649).
+
+    divergence: 0 is KL(teacher || model), 1 KL(model || teacher), between them Jensen-Shannon. Trains what requires a
+        gradient; both models must have one vocabulary.
+    """
+    args = DistillationConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        weight_decay=0.0,
+        max_completion_length=max_completion,
+        temperature=temperature,
+        beta=divergence,
+        **_common(seed, ()),
+    )
+    data = Dataset.from_dict({"prompt": [list(ids) for ids in prompts]})
+    trainer = ImitationTrainer(
+        model=model, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_OnLog(lambda step, logs: progress(step, logs["loss"]) if "loss" in logs else None))
+    trainer.train()
+
+
+class ImitationTrainer(DistillationTrainer):
+    """TRL's DistillationTrainer on prompts that are token ids already."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict]:
+        return prompts, None, {}
 
 
 def prefer(

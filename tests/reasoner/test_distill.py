@@ -132,6 +132,16 @@ def test_command_writes_checkpoint_curve_and_summary(folders, tmp_path, capsys):
     assert main(command(folders, tmp_path / "healed")) == 2 and "is there already" in capsys.readouterr().err
 
 
+def test_student_learns_on_its_own_continuations_too(folders, tmp_path):
+    more = ("--steps=1", "--batch=8", "--lr=5e-3", "--on-policy=12")
+    assert main(command(folders, tmp_path / "healed", *more)) == 0
+    curve = [json.loads(line) for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in curve if "on_policy_step" in entry]
+    measured = [entry["kl"] for entry in curve if "kl" in entry]
+    assert len(losses) == 12 and measured[-1] < 0.9 * measured[-2]
+    assert json.loads((tmp_path / "healed" / "summary.json").read_text())["after"]["kl"] == measured[-1]
+
+
 def test_stopped_healing_leaves_the_checkpoint_of_its_last_evaluation(folders, tmp_path, capsys, monkeypatch):
     class Interrupted(torch.optim.Adam):
         def step(self):

@@ -48,3 +48,10 @@ def test_we_override_these_three_methods_alone():
         "_compute_loss",  # to know the experts of the rows in it
         "_get_per_token_logps_and_entropies",
     }
+
+
+def test_distillation_asks_one_method_for_the_ids_of_its_prompts():
+    from trl import DistillationTrainer
+
+    source = inspect.getsource(DistillationTrainer._generate)
+    assert "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)" in source
