@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -20,7 +20,9 @@ from typing import Any
 
 from reasoner import train
 from reasoner.config import Comparison, ConfigError, Method, at_temperature, to_dict
+from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import Reading, read
+from reasoner.folder import new_folder, versions, write_json
 from reasoner.progress import Screen
 from rollouts.journal import Journal
 from rollouts.roll_out import Searched, encode, search_tasks
@@ -47,6 +49,7 @@ class Stage:
     tokenizer: Any
     judges: Pool  # hold the answer key
     open: Pool  # never sees it: scores paths and reads answers for searches
+    scorers: Mapping[str, Engine]  # by checkpoint, of scores with a model of their own
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,15 @@ def compare(comparison: Comparison, checkpoint: Path | None, *, ray: str, screen
                 checkpoint = run.base.prepare(train_tasks, Path(run.cache), run.seed, told)
         stage = _open(comparison, checkpoint, [*train_tasks, *heldout], ray, screen, stack)
         methods, results = asyncio.run(_run(stage, train_tasks[: comparison.sizing], heldout, screen))
-        folder = train._new_folder(Path(run.out) / run.name)
-        train._write_json(folder / "config.json", to_dict(replace(comparison, methods=tuple(methods))))
+        folder = new_folder(Path(run.out) / run.name)
+        write_json(folder / "config.json", to_dict(replace(comparison, methods=tuple(methods))))
         for result in results:
             with Journal(folder / f"{result.method.name}.jsonl") as journal:
                 for each in result.found:
                     journal.append(each.group, step=0, version=0)
     summary = summarise(results) | {"name": run.name, "seed": run.seed, "budget": comparison.budget}
-    train._write_json(folder / "summary.json", summary | {"checkpoint": str(checkpoint), "versions": train._versions()})
-    train._write_json(folder / "trees.json", trees(results))
+    write_json(folder / "summary.json", summary | {"checkpoint": str(checkpoint), "versions": versions()})
+    write_json(folder / "trees.json", trees(results))
     write_page(folder)
     return folder
 
@@ -136,11 +139,15 @@ def _open(
     run = comparison.run()
     screen.say(f"engine    {run.engine.kind} on {checkpoint}")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    train._require_room(run, tokenizer, tasks)
-    engine = stack.enter_context(train._engine(run, checkpoint, tokenizer, ray))
+    require_room(run, tokenizer, tasks)
+    engine = stack.enter_context(open_engine(run, checkpoint, tokenizer, ray))
     options = {"timeout": run.verify_timeout, "policies": dict(run.policies)}
     judges, open_ = (stack.enter_context(Pool(run.verifier_workers, **options)) for _ in range(2))
-    stage = Stage(comparison, engine, tokenizer, judges, open_)
+    scores = [method.score or comparison.score for method in comparison.methods]
+    own = {score.checkpoint: score for score in scores if score is not None and score.checkpoint}
+    serve = {name: scoring_engine(run, score, engine, tokenizer, ray) for name, score in own.items()}
+    scorers = {name: stack.enter_context(each) for name, each in serve.items()}
+    stage = Stage(comparison, engine, tokenizer, judges, open_, scorers)
     for method in comparison.methods:
         _require_writable(method, stage, tasks[0])
     return stage
@@ -194,7 +201,9 @@ def _search(stage: Stage, method: Method, tasks: Sequence[Task]) -> Any:
     """Every method starts from the same seeds, so that luck is shared by all."""
     comparison, sampling = stage.comparison, at_temperature(stage.engine.sampling, method)
     engine = stage.engine.at(temperature=sampling.temperature)
-    guide = Open(stage.open, engine, method.score or comparison.score)  # the answer key cannot be bound here
+    score = method.score or comparison.score
+    scorer = stage.scorers.get(getattr(score, "checkpoint", ""), engine)
+    guide = Open(stage.open, scorer, score)  # the answer key cannot be bound here
     seed = derive(comparison.seed, "search")
     return search_tasks(tasks, method.search, engine, stage.judges, stage.tokenizer, seed=seed, guide=guide)
 

