@@ -199,7 +199,7 @@ def learn_from(stage: Stage, problems: dict[str, list[Row]], number: int) -> dic
     """The M-step: the learner's model, just reset to the base, trained on the kept rows by their weights."""
     star, seed = stage.run.learner, derive(stage.run.seed, "round", number)
     rows = [row for each in problems.values() for row in each]
-    steps = star.length(number)
+    steps = star.length(number, len(rows))
     picked = resample(weights(list(problems.values()), star.em), steps * star.batch, seed)
     with (stage.folder / f"paths-{number}.jsonl").open("w") as file:
         for task, each in problems.items():

@@ -30,6 +30,7 @@ class Star:
 
     updates: int = 40  # optimizer steps of the first round
     growth: float = 1.2  # each round takes so many times the steps of the one before
+    repeats: int = 30  # times that a kept path is seen in a round on average, at most: few paths end a round early
     batch: int = 32
     lr: float = 1e-4
     keep: int = 4  # verified paths of a problem at most, no two with the same intermediate results
@@ -41,7 +42,14 @@ class Star:
     # the paths that the model says by itself; 0 keeps all
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("growth", 1.0), ("batch", 1), ("keep", 1), ("rationalise", 0)):
+        for name, least in (
+            ("updates", 1),
+            ("growth", 1.0),
+            ("batch", 1),
+            ("repeats", 1),
+            ("keep", 1),
+            ("rationalise", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small: give at least {least}")
         if self.lr <= 0:
@@ -56,7 +64,7 @@ class Star:
         """Raise ValueError when so many rounds make no sense."""
 
     def helped(self, tasks: Sequence[Task]) -> list[Task]:
-        """The tasks with the answer in the question, [] without rationalisation. ValueError where it cannot stand there."""
+        """The tasks with the answer in the question, [] without rationalisation. Raises ValueError where none fits."""
         if not self.rationalise:
             return []
         for task in tasks:
@@ -67,9 +75,10 @@ class Star:
                 )
         return [hinted(task, self.hint) for task in tasks]
 
-    def length(self, number: int) -> int:
-        """Optimizer steps of round `number`, counted from 0."""
-        return round(self.updates * self.growth**number)
+    def length(self, number: int, rows: int | None = None) -> int:
+        """Optimizer steps of round `number`, counted from 0, when it has kept so many rows."""
+        most = round(self.updates * self.growth**number)
+        return most if rows is None else max(1, min(most, rows * self.repeats // self.batch))
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,11 @@ def test_every_round_is_longer_than_the_one_before():
     assert [Star(updates=40).length(number) for number in range(4)] == [40, 48, 58, 69]
 
 
+def test_a_round_that_kept_little_is_short():
+    star = Star(updates=40, batch=32, repeats=30)
+    assert [star.length(0, rows) for rows in (1, 13, 42, 43, 1000)] == [1, 12, 39, 40, 40]
+
+
 # --- mistakes in a config
 
 
