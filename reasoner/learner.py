@@ -107,7 +107,7 @@ class PolicyTrainer(GRPOTrainer):
         args: GRPOConfig,
         **options: Any,
     ) -> None:
-        rows = 2 * args.steps_per_generation * max(1, args.max_steps)
+        rows = 2 * args.world_size * args.steps_per_generation * max(1, args.max_steps)
         super().__init__(
             reward_funcs=_never_asked,
             args=args,
@@ -207,7 +207,8 @@ class PolicyTrainer(GRPOTrainer):
             samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation, config=self.model.config
         )
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        return batch | {"num_items_in_batch": batch["tool_mask"].sum()}
+        tokens = self.accelerator.gather(batch["tool_mask"].sum()).sum()  # of all workers
+        return batch | {"num_items_in_batch": tokens}
 
 
 def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: Any = None) -> dict[str, Tensor]:

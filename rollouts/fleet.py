@@ -73,6 +73,7 @@ class EngineState:
     version: int  # of the weights it holds
     lag: int  # versions that these are behind the newest
     restarts: int
+    requests: int  # asked of it and not answered; at a restart, those that are asked again
     node: str
     why: str = ""  # of a restart or a death
 
@@ -474,6 +475,7 @@ class Fleet:
             version=seat.version,
             lag=self._weights.version - seat.version,
             restarts=seat.restarts,
+            requests=len(seat.jobs),
             node=seat.remote.node if seat.remote else "",
             why=seat.why,
         )

@@ -16,7 +16,7 @@ ALLOWED = {
 }
 OWNERS = {  # the only files that may import a heavy dependency
     "vllm": {"rollouts/vllm_engine.py", "rollouts/shm_transfer.py"},
-    "ray": {"rollouts/cluster.py"},
+    "ray": {"rollouts/cluster.py", "reasoner/data_parallel.py"},
     "trl": {"reasoner/learner.py"},
 }
 
