@@ -49,6 +49,7 @@ class Learner:
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
     micro_batches: int = 1  # pieces that a batch is cut into to save memory
+    workers: int = 1  # of Ray Train, among which each batch is shared; 1: the driver itself
     max_grad_norm: float = 1.0
     router_replay: bool = (
         False  # the update uses the experts that the rollout used (engine.kind = "paged" records them)
@@ -411,6 +412,8 @@ def _check_policy(run: Run, learner: Learner) -> None:
     sampling = run.sampling
     if learner.micro_batches < 1:
         raise ConfigError(f"learner.micro_batches = {learner.micro_batches} is too small: give at least 1")
+    if learner.workers < 1:
+        raise ConfigError(f"learner.workers = {learner.workers} is too small: give at least 1")
     if learner.lr_warmup >= run.steps > 0:
         raise ConfigError(
             f"learner.lr_warmup = {learner.lr_warmup} leaves none of steps = {run.steps} at the full rate: lower it"
@@ -435,6 +438,8 @@ def _check_policy(run: Run, learner: Learner) -> None:
             f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or "
             "sequence_mask"
         )
+    if learner.workers > 1:
+        _check_workers(learner, run.engine)
     if learner.router_replay and run.engine.kind != "paged":
         raise ConfigError(
             f"learner.router_replay = true with engine.kind = {run.engine.kind!r}, which records no experts: use "
@@ -517,6 +522,18 @@ def _check_comparison(comparison: Comparison) -> None:
 def at_temperature(sampling: Sampling, method: Method) -> Sampling:
     """How a method draws tokens."""
     return sampling if method.temperature is None else dataclasses.replace(sampling, temperature=method.temperature)
+
+
+def _check_workers(learner: Learner, engine: Placement) -> None:
+    """A batch must mean the same however it is shared."""
+    many = f"learner.workers = {learner.workers}"
+    if learner.loss not in BY_TOKEN:
+        raise ConfigError(
+            f"learner.loss = {learner.loss!r} averages rows; {many} would change that: use 1, or one of "
+            f"{', '.join(BY_TOKEN)}"
+        )
+    if engine.kind != "vllm":
+        raise ConfigError(f"{many} with engine.kind = {engine.kind!r}, which starts no Ray: use 'vllm', or one worker")
 
 
 def _check_policies(policies: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The policy's learner on several workers: Ray Train starts them, accelerate joins them, each learns its share of a batch.
+"""The policy's learner on several workers: Ray Train starts them, accelerate joins them, each learns a share.
 
     driver: the loop  -- batch -->  desk  -- the same batch -->  workers: `learner.learn`, gradients averaged by DDP
        model        <-- weights --        <-- of the first --

@@ -233,9 +233,11 @@ def _choose(stage: Stage, final: dict[str, Any]) -> None:
 def _by_policy_gradient(
     stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any
 ) -> dict[str, Any]:
-    from reasoner.learner import learn
-
     run = stage.run
+    if run.learner.workers > 1:
+        from reasoner.data_parallel import learn_together as learn
+    else:
+        from reasoner.learner import learn
     _take_up(stage, start.position)
     with ExitStack() as stack:
         feed = _feed(stage, tasks, start.position, stack)

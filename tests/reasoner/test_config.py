@@ -119,6 +119,7 @@ def test_checking_loads_no_model_library():
 
 def test_a_loss_over_rows_refuses_pieces():
     assert "micro_batches = 2" in refused("learner.loss='grpo'", "learner.micro_batches=2")
+    assert "learner.workers = 2" in refused("learner.loss='grpo'", "learner.workers=2")
 
 
 def test_keys_stay_few():

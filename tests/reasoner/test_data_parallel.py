@@ -21,7 +21,9 @@ def batch(seed: int, count: int = 7) -> list[Sample]:
         advantages = torch.randn(length, generator=noise).tolist()
         mask = [i >= 4 for i in range(length)]
         logprobs = [-2.5 * m for m in mask]
-        return Sample(tuple(ids), tuple(mask), tuple(logprobs), tuple(a * m for a, m in zip(advantages, mask, strict=True)))
+        return Sample(
+            tuple(ids), tuple(mask), tuple(logprobs), tuple(a * m for a, m in zip(advantages, mask, strict=True))
+        )
 
     return [row(8 + i) for i in range(count)]
 
