@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-verifiers bench-search bench-learning bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-learning bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -27,6 +27,9 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+bench-quickstart: setup    ## three seeds and the control
+	$(BIN)/python -m benchmarks.quickstart
 
 bench-verifiers: setup
 	$(BIN)/python -m benchmarks.verifiers
