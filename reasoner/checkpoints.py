@@ -40,6 +40,7 @@ class Position:
     metrics: int = 0  # bytes of metrics.jsonl
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase
     tokens: Mapping[str, int] = field(default_factory=dict)  # generated, prefilled
+    pools: Mapping[str, Any] = field(default_factory=dict)  # of a curriculum: what was right and seen, by pool
     base: str = ""  # folder of the checkpoint that the engines start from
 
 

@@ -16,10 +16,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from reasoner.base_model import BASES, Base, Warmup
-from reasoner.credit import CREDITS, GRPO, Credit, Process, ReinforcePP
+from reasoner.credit import CREDITS, GRPO, Credit, MaxRL, Process, ReinforcePP
+from reasoner.curriculum import Curriculum
+from reasoner.length import Length
 from reasoner.scratchpad import Scratchpad
 from reasoner.star import STARS, Star
 from rollouts.environment import INTERACTIVE
@@ -46,6 +48,10 @@ class Learner:
     lr: float = 1e-5  # at its peak: it falls linearly to 0 at the last step
     lr_warmup: int = 0  # steps over which it rises from 0 first: Adam's first steps are as large as its later ones
     loss: str = "dapo"  # one of LOSSES
+    ratio: Literal["token", "sequence"] = "token"  # of the loss: sequence is GSPO's (with loss = "grpo") and LUSPO's
+    kl: float = 0.0  # weight of the divergence from the base model, in nats per token
+    lora: int = 0  # rank of LoRA adapters; 0 trains every weight
+    mtp: float = 0.0  # weight of the loss of MTP modules, where the model has any
     importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
     micro_batches: int = 1  # pieces that a batch is cut into to save memory
@@ -80,6 +86,9 @@ class Run:
     search: Search = field(default_factory=Sample)
     score: ScoreKind | None = None  # guides the search in training; `verifier` is the answer key itself
     credit: Credit = field(default_factory=GRPO)
+    length: Length = field(default_factory=Length)
+    curriculum: Curriculum | None = None  # None: tasks in random order
+    resample: int = 0  # how often a step may draw further tasks until tasks_per_step groups have contrast
     learner: Learning = field(default_factory=Learner)
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
@@ -146,8 +155,8 @@ class Comparison:
         return Run(steps=0, tasks_per_step=1, evaluate=Evaluation(tasks=self.heldout), **same)
 
 
-LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo")  # loss_type of TRL 1.16
-BY_TOKEN = ("dapo", "cispo")  # normalised by tokens: rows that only fill up a batch change nothing
+LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo", "luspo", "vespo")  # loss_type of TRL 1.16
+BY_TOKEN = ("dapo", "cispo", "vespo")  # normalised by tokens: rows that only fill up a batch change nothing
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", {**SOURCES, **INTERACTIVE}),
@@ -369,6 +378,13 @@ def _cross_check(run: Run) -> None:
     for key in ("verify_timeout", "rollout_timeout"):
         if getattr(run, key) <= 0:
             raise ConfigError(f"{key} = {getattr(run, key)} must be positive seconds")
+    if run.length.overlong >= sampling.max_tokens:
+        raise ConfigError(
+            f"length.overlong = {run.length.overlong} leaves nothing unpunished of sampling.max_tokens = "
+            f"{sampling.max_tokens}: lower it"
+        )
+    if run.resample < 0:
+        raise ConfigError(f"resample = {run.resample} is a number of rounds: give 0 or more")
     if evaluate.k > evaluate.n:
         raise ConfigError(f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: raise n or lower k")
     if sampling.max_tokens >= engine.max_model_len:
@@ -445,8 +461,22 @@ def _check_policy(run: Run, learner: Learner) -> None:
             f"learner.router_replay = true with engine.kind = {run.engine.kind!r}, which records no experts: use "
             "engine.kind = 'paged', or leave it out"
         )
+    for key in ("kl", "lora", "mtp"):
+        if getattr(learner, key) < 0:
+            raise ConfigError(f"learner.{key} = {getattr(learner, key)} must not be negative: 0 switches it off")
+    needs = {"luspo": "sequence", "grpo": learner.ratio, "sapo": learner.ratio}.get(learner.loss, "token")
+    if learner.loss in LOSSES and learner.ratio != needs:
+        raise ConfigError(
+            f"learner.loss = {learner.loss!r} weighs tokens in a way that learner.ratio = {learner.ratio!r} does not "
+            f"fit: set learner.ratio = {needs!r}, or take loss = 'grpo' (GSPO) or 'luspo' for ratio = 'sequence'"
+        )
     if learner.loss not in LOSSES:
         raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
+    if isinstance(run.credit, MaxRL) and run.length.overlong:
+        raise ConfigError(
+            f"credit.kind = 'maxrl' divides by the mean reward, which length.overlong = {run.length.overlong} may turn "
+            "negative: set overlong = 0"
+        )
     alone = isinstance(run.credit, Process) or run.credit == ReinforcePP(group_baseline=False)
     if not alone and getattr(run.search, "n", 2) < 2:
         raise ConfigError(f"search.n = {run.search.n}: one path has no contrast to learn from, raise n")

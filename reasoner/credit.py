@@ -310,7 +310,7 @@ CREDITS: dict[str, type[Credit]] = {
 def _judged(group: Group) -> tuple[list[Rollout], list[float]]:
     """The rollouts that can teach, and what each earned. Those the verifier could not judge are left out, never 0."""
     judged = [r for r in group.scored if any(path.sampled_tokens for path in r.contexts)]
-    scores = [r.verdict.score for r in judged]
+    scores = [r.verdict.score + r.bonus for r in judged]
     return judged, scores
 
 

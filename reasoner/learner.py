@@ -7,6 +7,7 @@ on in TRL 1.16 is pinned by tests/reasoner/test_trl_contract.py.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from trl import (  # noqa: E402
 from reasoner.config import Learner  # noqa: E402
 from reasoner.credit import Sample  # noqa: E402
 from reasoner.logprobs import is_plain, recorded_experts, token_logprobs  # noqa: E402
+from reasoner.lora import adapt, adapters, fold, inside  # noqa: E402
 from reasoner.model import balance  # noqa: E402
 
 # Shape suffixes: B samples, P prompt tokens (padded on the left), T completion tokens (padded on the right).
@@ -55,6 +57,7 @@ def learn(
     max_completion: int,
     folder: Path,
     start: State | None = None,
+    base: PreTrainedModel | None = None,
 ) -> None:
     """One optimizer step per batch that the generator yields, at most `steps`; each step's metrics are sent back to it.
 
@@ -63,7 +66,17 @@ def learn(
     Args:
         loop: makes the generator. It is given a function that returns the trainer's state as it is between two steps.
         start: such a state: go on from there, bit for bit.
+        base: what `learner.kl` holds the model to and adapters adapt; None: the model as it is now.
     """
+    base = base or model
+    reference = copy.deepcopy(base).eval() if learner.kl else None
+    trained = adapt(base, learner.lora, seed) if learner.lora else model
+
+    def after_step() -> None:
+        balance(trained, learner.balance_rate)
+        if learner.lora:
+            fold(trained, model)
+
     args = GRPOConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -79,15 +92,17 @@ def learn(
         weight_decay=0.0,
         max_grad_norm=learner.max_grad_norm,
         loss_type=learner.loss,
-        beta=0.0,
+        importance_sampling_level=learner.ratio,
+        beta=0.0,  # TRL would load the reference by the model's name: PolicyTrainer has it from here
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode=learner.importance,
         vllm_importance_sampling_clip_max=learner.importance_max,
         **_common(seed, learner.report_to),
     )
-    trainer = PolicyTrainer(loop, start, model=model, processing_class=tokenizer, args=args)
+    trainer = PolicyTrainer(loop, start, model=trained, processing_class=tokenizer, args=args)
+    trainer.beta, trainer.reference, trainer.mtp = learner.kl, reference, learner.mtp
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_AfterStep(lambda: balance(model, learner.balance_rate)))
+    trainer.add_callback(_AfterStep(after_step))
     trainer.add_callback(_OnLog(trainer.record))
     try:
         trainer.train()
@@ -118,13 +133,32 @@ class PolicyTrainer(GRPOTrainer):
         self._batches = loop(self.snapshot)
         self._start = start
         self._started = False
+        self.reference: PreTrainedModel | None = None
+        self.mtp = 0.0  # weight of the MTP modules' own loss
         self._inputs: dict[str, Tensor] = {}  # of the piece of a batch now in work
         self._apart: list[tuple[Tensor, Tensor]] = []  # of each piece: nats between policy and sampler, tokens
         self.step_metrics: dict[str, float] = {}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         self._inputs = inputs
-        return super()._compute_loss(model, inputs)
+        if self.beta:
+            inputs["ref_per_token_logps"] = self._of_reference(inputs)
+        loss = super()._compute_loss(model, inputs)
+        return loss + self.mtp * self._mtp_loss(inputs) / self.current_gradient_accumulation_steps if self.mtp else loss
+
+    @torch.no_grad()
+    def _of_reference(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Its log-probabilities of the completions (B, T), with experts of its own choice."""
+        ids_BL, mask_BL = _whole(inputs)
+        return self._read(self.reference, ids_BL, mask_BL, inputs["tool_mask"].shape[1])[0]
+
+    def _mtp_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Keeps MTP modules in step with the policy: they learn to foresee its samples; the trunk gets no gradient."""
+        (ids_BL, mask_BL), model = _whole(inputs), inside(self.model)
+        learned_BL = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["tool_mask"]], dim=1)
+        with torch.no_grad():
+            hidden_BLD = model.model(ids_BL, mask_BL, use_cache=False).last_hidden_state
+        return model.mtp_loss(hidden_BLD, ids_BL, ids_BL.masked_fill(learned_BL == 0, -100), mask_BL, detached=True)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **rest: Any
@@ -134,18 +168,23 @@ class PolicyTrainer(GRPOTrainer):
         An optimizer step is one pass over its batch, so the policy that the ratio is taken against is the one that
         these log-probabilities are of: the importance correction needs no pass of its own.
         """
-        auxiliary = None
-        if is_plain(model):
-            experts = self._inputs.get("experts")
-            logps_BT, entropies_BT = token_logprobs(
-                model, input_ids, attention_mask, logits_to_keep, temperature=self.temperature, experts=experts
-            )
-        else:  # wrapped by accelerate or PEFT, or with a head of its own
-            logps_BT, entropies_BT, auxiliary = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **rest
-            )
+        logps_BT, entropies_BT, auxiliary = self._read(
+            model, input_ids, attention_mask, logits_to_keep, batch_size, self._inputs.get("experts"), **rest
+        )
         self._correct(logps_BT.detach())
         return logps_BT, entropies_BT, auxiliary
+
+    def _read(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, experts=None, **rest: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        if is_plain(inside(model)):
+            logps_BT, entropies_BT = token_logprobs(
+                inside(model), input_ids, attention_mask, logits_to_keep, temperature=self.temperature, experts=experts
+            )
+            return logps_BT, entropies_BT, None
+        return super()._get_per_token_logps_and_entropies(  # wrapped by accelerate, or with a head of its own
+            model, input_ids, attention_mask, logits_to_keep, batch_size, **rest
+        )
 
     def _correct(self, logps_BT: Tensor) -> None:
         """Give the piece now in work its importance ratios."""
@@ -177,11 +216,13 @@ class PolicyTrainer(GRPOTrainer):
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
             "random": (torch.get_rng_state(), numpy.random.get_state(), random.getstate()),
+            "adapters": adapters(self.model),
         }
 
     def _restore(self, start: State) -> None:
         self.state.global_step = self._globalstep_last_logged = start["updates"]
         self.optimizer.load_state_dict(start["optimizer"])
+        self.model.load_state_dict(start.get("adapters", {}), strict=False)
         self.lr_scheduler.load_state_dict(start["schedule"])
         torch_state, numpy_state, python_state = start["random"]
         torch.set_rng_state(torch_state)
@@ -190,7 +231,8 @@ class PolicyTrainer(GRPOTrainer):
 
     def record(self, step: int, logs: dict[str, Any]) -> None:
         """Keep what TRL measured in a step for the generator."""
-        names = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "clip_ratio/region_mean": "clip_ratio"}
+        names = {name: name for name in ("loss", "grad_norm", "entropy", "kl")}
+        names["clip_ratio/region_mean"] = "clip_ratio"
         if "loss" in logs:
             found = {ours: float(logs[theirs]) for theirs, ours in names.items() if logs.get(theirs) is not None}
             apart, tokens = (sum(each).item() for each in zip(*self._apart, strict=True))
@@ -209,6 +251,12 @@ class PolicyTrainer(GRPOTrainer):
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         tokens = self.accelerator.gather(batch["tool_mask"].sum()).sum()  # of all workers
         return batch | {"num_items_in_batch": tokens}
+
+
+def _whole(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of prompts and completions, (B, P + T)."""
+    ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    return ids_BL, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
 
 
 def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: Any = None) -> dict[str, Tensor]:

@@ -16,12 +16,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from reasoner import checkpoints
 from reasoner.checkpoints import Position
 from reasoner.config import ConfigError, Run, to_dict
+from reasoner.contrast import until_contrast
 from reasoner.credit import assign
+from reasoner.curriculum import Pools
 from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import evaluate, table
 from reasoner.folder import new_folder, versions, write_json
@@ -82,6 +84,8 @@ def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
     run.base.check(train_tasks)
     if isinstance(run.learner, Star):
         run.learner.helped(train_tasks)
+    for task in train_tasks if run.curriculum else ():
+        run.curriculum.pool_of(task)
     return train_tasks, heldout[: run.evaluate.tasks]
 
 
@@ -239,12 +243,14 @@ def _by_policy_gradient(
     else:
         from reasoner.learner import learn
     _take_up(stage, start.position)
+    deck = Pools(tasks, run.curriculum, run.seed, start.position.pools) if run.curriculum else Deck(tasks, run.seed)
+    base = _base(run, start) if start.trainer else None
     with ExitStack() as stack:
-        feed = _feed(stage, tasks, start.position, stack)
+        feed = _feed(stage, deck, start.position, stack)
         learn(
             stage.model,
             stage.tokenizer,
-            lambda trainer: steps(stage, feed, start.position, trainer, tell),
+            lambda trainer: steps(stage, feed, deck, start.position, trainer, tell),
             run.learner,
             steps=run.steps,
             seed=run.seed,
@@ -252,8 +258,19 @@ def _by_policy_gradient(
             max_completion=run.sampling.max_tokens,
             folder=stage.folder / "trainer",
             start=start.trainer,
+            base=base,
         )
     return {}
+
+
+def _base(run: Run, start: Start) -> Any:
+    """The model that a resumed run began with, where the learner needs it."""
+    import torch
+
+    from reasoner.model import load
+
+    needed = run.learner.kl or run.learner.lora
+    return load(Path(start.position.base), torch.float32) if needed else None
 
 
 def _take_up(stage: Stage, position: Position) -> None:
@@ -265,13 +282,12 @@ def _take_up(stage: Stage, position: Position) -> None:
         push(stage.engine, stage.model, position.version, export)
 
 
-def _feed(stage: Stage, tasks: Sequence[Task], position: Position, stack: ExitStack) -> Feed:
+def _feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitStack) -> Feed:
     """The run's rollouts, in its journal."""
     run, path = stage.run, stage.folder / "journal.jsonl"
     since = min(position.journal, path.stat().st_size) if path.exists() else 0
     if path.exists() and (lost := mend(path, since, 1 if run.max_lag else run.tasks_per_step)):
         stage.screen.say(f"journal   cut after its last whole record: {lost} bytes were torn or of an unfinished step")
-    deck = Deck(tasks, run.seed)
 
     async def roll(tickets: Sequence[int]) -> list[Group]:
         seed = derive(run.seed, "train", tickets[0] // run.tasks_per_step)
@@ -298,7 +314,9 @@ def _feed(stage: Stage, tasks: Sequence[Task], position: Position, stack: ExitSt
     return feed
 
 
-def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any], tell: Any) -> Iterator[Any]:
+def steps(
+    stage: Stage, feed: Feed, deck: Deck | Pools, start: Position, trainer: Callable[[], Any], tell: Any
+) -> Iterator[Any]:
     """Yields the samples of each step that teaches something; is sent what the learner measured on them."""
     from reasoner.model import export
 
@@ -311,8 +329,10 @@ def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any],
     with path.open("a") as log:
         for step in range(start.step, run.steps):
             with clock.phase("rollouts"):
-                batch = feed.batch(step, version)
-            samples = assign(run.credit, batch.groups, partial(stage.tokenizer.decode, skip_special_tokens=True))
+                batch = until_contrast(partial(feed.batch, step, version), run.tasks_per_step, run.resample)
+            deck.learn(batch.groups)
+            seen = run.length(batch.groups, run.sampling.max_tokens)
+            samples = assign(run.credit, seen, partial(stage.tokenizer.decode, skip_special_tokens=True))
             row = {"step": step, "version": version, **statistics(batch.groups), **timing(batch)}
             clock.seconds["verify"] += row["seconds_verify"]
             if samples:  # groups that agree teach nothing; a step of only such groups goes by without an update
@@ -329,7 +349,7 @@ def steps(stage: Stage, feed: Feed, start: Position, trainer: Callable[[], Any],
             last = step + 1 == run.steps or 0 < run.token_budget <= spent
             if last or (step + 1) % run.checkpoint_every == 0:
                 with clock.phase("save"):
-                    position = replace(start, step=step + 1, version=version, metrics=log.tell())
+                    position = replace(start, step=step + 1, version=version, metrics=log.tell(), pools=deck.state)
                     _save(stage, feed, trainer(), position, tokens_so_far(stage, start))
             tell(step + 1, step_line(row, batch.in_flight))
             if last:
@@ -455,6 +475,11 @@ class Deck:
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
         self._tasks, self._seed = tasks, seed
         self._epoch, self._order = -1, []
+
+    state: ClassVar[Mapping[str, Any]] = {}
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Nothing: the order is fixed."""
 
     def __getitem__(self, ticket: int) -> Task:
         epoch, place = divmod(ticket, len(self._tasks))

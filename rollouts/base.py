@@ -19,6 +19,7 @@ class Rollout:
     trajectory: Trajectory
     verdict: Verdict
     earlier: tuple[Trajectory, ...] = ()  # contexts of the same episode that were left for a fresh one, oldest first
+    bonus: float = 0.0  # what the learner adds to the verdict's score: less than 0 for a response that is overlong
 
     @property
     def contexts(self) -> tuple[Trajectory, ...]:
