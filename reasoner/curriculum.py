@@ -56,7 +56,7 @@ class Pools:
         tasks: Sequence[Task],
         curriculum: Curriculum,
         seed: int,
-        state: Mapping[str, Sequence[float]] | None = None,
+        state: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> None:
         self._curriculum, self._seed = curriculum, seed
         pools: dict[str, list[Task]] = {}

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     """A copy of the model, frozen, with trainable adapters of this rank on every linear layer but the head.
 
-    The stacked experts of our MoE layers are no linear layers: they stay as they are.
+    In models of the deepseek_v3 kind PEFT puts those of the feed-forward layers on the stacked experts instead.
     """
     torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(model), settings)
 
 
@@ -44,10 +46,12 @@ def fold(adapted: PeftModel, model: nn.Module) -> None:
     """Write base + adapters, and the buffers (router biases), of `adapted` into the plain `model` it was made from."""
     trained = inside(adapted)
     for name, layer in trained.named_modules():
-        if isinstance(layer, LoraLayer):
-            weight: Any = model.get_submodule(name).weight
-            weight.copy_(layer.get_base_layer().weight + layer.get_delta_weight("default"))
-    plain = dict(model.named_buffers())
+        if isinstance(layer, LoraLayer):  # of one weight; those of stacked experts are nested, one for each parameter
+            plain = model.get_submodule(name.split(".base_layer")[0])
+            which = getattr(layer, "parameter_name", "weight")
+            base = getattr(layer.get_base_layer(), which)
+            getattr(plain, which).copy_(base + layer.get_delta_weight("default"))
+    buffers = dict(model.named_buffers())
     for name, buffer in trained.named_buffers():
-        if name in plain:
-            plain[name].copy_(buffer)
+        if name in buffers:
+            buffers[name].copy_(buffer)
