@@ -562,6 +562,11 @@ def _check_workers(learner: Learner, engine: Placement) -> None:
             f"learner.loss = {learner.loss!r} averages rows; {many} would change that: use 1, or one of "
             f"{', '.join(BY_TOKEN)}"
         )
+    for key in ("lora", "mtp"):
+        if getattr(learner, key):
+            raise ConfigError(
+                f"learner.{key} = {getattr(learner, key)} is for one worker: set it to 0, or workers to 1 ({many})"
+            )
     if engine.kind != "vllm":
         raise ConfigError(f"{many} with engine.kind = {engine.kind!r}, which starts no Ray: use 'vllm', or one worker")
 
