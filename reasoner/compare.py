@@ -21,7 +21,7 @@ from typing import Any
 from reasoner import train
 from reasoner.config import Comparison, ConfigError, Method, at_temperature, to_dict
 from reasoner.engine import open_engine, require_room, scoring_engine
-from reasoner.evaluate import Reading, read
+from reasoner.evaluate import Reading, read, require_steps
 from reasoner.folder import new_folder, versions, write_json
 from reasoner.progress import Screen
 from rollouts.journal import Journal
@@ -171,7 +171,9 @@ async def _run(
     stage: Stage, sizing: Sequence[Task], heldout: Sequence[Task], screen: Screen
 ) -> tuple[list[Method], list[Result]]:
     comparison = stage.comparison
-    require_steps(comparison.methods, await _search(stage, Method("probe", Sample(n=4)), sizing))
+    probe = [each.group for each in await _search(stage, Method("probe", Sample(n=4)), sizing)]
+    for method in comparison.methods:
+        require_steps(method.search, stage.engine.sampling.step, probe, f"methods.{method.name}.search")
     methods = []
     for method in comparison.methods:
         method, tokens = await grow(stage, method, sizing)
@@ -206,18 +208,6 @@ def _search(stage: Stage, method: Method, tasks: Sequence[Task]) -> Any:
     guide = Open(stage.open, scorer, score)  # the answer key cannot be bound here
     seed = derive(comparison.seed, "search")
     return search_tasks(tasks, method.search, engine, stage.judges, stage.tokenizer, seed=seed, guide=guide)
-
-
-def require_steps(methods: Sequence[Method], probe: Sequence[Searched]) -> None:
-    """ConfigError when a method searches by steps and none of the responses has a step."""
-    texts = [r.trajectory.text for each in probe for r in each.group.rollouts]
-    delimiter = probe[0].tree.sampling.step
-    by_steps = [m.name for m in methods if getattr(m.search, "until", "end") == "step"]
-    if by_steps and not any(delimiter in text for text in texts):
-        raise ConfigError(
-            f"methods.{by_steps[0]} searches by steps, but none of {len(texts)} responses contains sampling.step = "
-            f"{delimiter!r} (e.g. {texts[0][:80]!r}): set the delimiter that this model writes, or until = 'end'"
-        )
 
 
 async def grow(stage: Stage, method: Method, tasks: Sequence[Task]) -> tuple[Method, float]:

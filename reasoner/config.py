@@ -29,7 +29,7 @@ from rollouts.episode import POLICIES, Episode
 from rollouts.request import Placement
 from rollouts.score import SCORES, ScoreKind, refuse_key
 from rollouts.tasks import SOURCES, ReasoningGym, Source
-from search import SEARCHES, find, marginal
+from search import SEARCHES, Adaptive, CotDecoding, Distinct, Force, find, marginal
 from search.base import Sampling, Search
 from search.sample import Sample
 from verifiers import get
@@ -157,6 +157,8 @@ class Comparison:
 
 LOSSES = ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo", "luspo", "vespo")  # loss_type of TRL 1.16
 BY_TOKEN = ("dapo", "cispo", "vespo")  # normalised by tokens: rows that only fill up a batch change nothing
+
+UNGUIDED = (Sample, Adaptive, Distinct, CotDecoding, Force)  # searches that ask no score
 
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", {**SOURCES, **INTERACTIVE}),
@@ -410,6 +412,11 @@ def _cross_check(run: Run) -> None:
                 f"sampling.{offer} = {getattr(sampling, offer)} with engine.kind = {engine.kind!r} and engine.gpus = "
                 f"{engine.gpus:g}: it offers no such thing, use engine.kind = 'paged' or leave it out"
             )
+    if run.score is not None and isinstance(run.search, UNGUIDED):
+        raise ConfigError(
+            f"score: {type(run.search).__name__} asks for no score: leave it out, or use search.kind = 'best_of', "
+            "'beam' or another search that it guides"
+        )
     check_search(run.search, run.score, Offered(sampling, engine.offers))
     if type(run.tasks) in INTERACTIVE.values() and not isinstance(run.search, Episode):
         raise ConfigError("the tasks answer back and the search does not listen: set search.kind = 'episode'")

@@ -102,5 +102,7 @@ def scoring_engine(run: Run, score: ScoreKind | None, searched: Any, tokenizer: 
             f"score.checkpoint = {str(checkpoint)!r} has another vocabulary than the model that is searched: train it "
             "from that model (`reasoner prm train`)"
         )
-    with open_engine(replace(run, engine=replace(run.engine, count=1)), checkpoint, own, ray) as engine:
+    kind = "local" if run.engine.kind == "openai" else run.engine.kind  # a server serves its own model
+    placement = replace(run.engine, count=1, kind=kind)
+    with open_engine(replace(run, engine=placement), checkpoint, own, ray) as engine:
         yield engine

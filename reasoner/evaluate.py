@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reasoner.config import Evaluation
+from reasoner.config import ConfigError, Evaluation
 from rollouts.base import Group
 from rollouts.episode import Episode
 from rollouts.roll_out import roll_out
-from search.base import Engine, Trajectory, derive
+from search.base import Engine, Search, Trajectory, derive
 from search.marginal import AtK, Estimate, at_k, estimate
 from search.metrics import Interval, interval, pass_at_k
 from search.sample import Sample
@@ -133,6 +133,16 @@ class Reading:
 
     def equal(self, left: str, right: str) -> bool:
         return self.same[left, right]
+
+
+def require_steps(search: Search, delimiter: str, groups: Sequence[Group], where: str = "search") -> None:
+    """ConfigError when a search goes by steps and none of these responses has one."""
+    texts = [r.trajectory.text for group in groups for r in group.rollouts]
+    if getattr(search, "until", "end") == "step" and texts and not any(delimiter in text for text in texts):
+        raise ConfigError(
+            f"{where} goes by steps, but none of {len(texts)} responses contains sampling.step = {delimiter!r} (e.g. "
+            f"{texts[0][:80]!r}): set the delimiter that this model writes, or until = 'end'"
+        )
 
 
 async def read(group: Group, pool: Pool) -> Reading:

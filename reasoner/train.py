@@ -25,7 +25,7 @@ from reasoner.contrast import until_contrast
 from reasoner.credit import assign
 from reasoner.curriculum import Pools
 from reasoner.engine import open_engine, require_room, scoring_engine
-from reasoner.evaluate import evaluate, table
+from reasoner.evaluate import evaluate, require_steps, table
 from reasoner.folder import new_folder, versions, write_json
 from reasoner.progress import Clock, PeakMemory, Screen, step_line
 from reasoner.star import Star, VStar
@@ -111,7 +111,7 @@ def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> 
         stage, start = open_stage(run, train_tasks, heldout, ray, clock, screen, stack, resume=resume)
         try:
             summary = _learn_and_measure(stage, train_tasks, heldout, start)
-        except ConfigError:  # what only a run can show: nothing verified
+        except ConfigError:  # what only a run can show: nothing verified, no steps
             raise
         except ValueError as error:  # no longer a mistake in the config: keep its traceback
             raise RuntimeError(f"the run broke: {error}") from error
@@ -291,7 +291,10 @@ def _feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitStack
 
     async def roll(tickets: Sequence[int]) -> list[Group]:
         seed = derive(run.seed, "train", tickets[0] // run.tasks_per_step)
-        return await _roll_out(stage, [deck[ticket] for ticket in tickets], seed=seed)
+        groups = await _roll_out(stage, [deck[ticket] for ticket in tickets], seed=seed)
+        if 0 in tickets:
+            require_steps(run.search, run.sampling.step, groups)
+        return groups
 
     journal = stack.enter_context(Journal(path))
     feed = Feed(

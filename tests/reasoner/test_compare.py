@@ -10,10 +10,10 @@ import pytest
 
 from reasoner import compare
 from reasoner.__main__ import main
-from reasoner.compare import Result, Stage, accuracy, comparisons, grow, require_steps, summarise
+from reasoner.compare import Result, Stage, accuracy, comparisons, grow, summarise
 from reasoner.compare_page import render, why
 from reasoner.config import Comparison, ConfigError, Method, load_comparison
-from reasoner.evaluate import Reading, read
+from reasoner.evaluate import Reading, read, require_steps
 from search import Beam, BestOf, Sample
 from search.base import Sampling, Step, Trajectory
 from search.scripted import Scripted
@@ -104,7 +104,9 @@ def test_training_and_comparing_do_not_take_each_others_configs(tmp_path, capsys
 
 
 def test_evaluation_refuses_a_config_that_binds_the_answer_key(capsys):
-    assert main(["eval", str(ROOT / "configs" / "quickstart.toml"), "--score.kind=verifier"]) == 2
+    assert (
+        main(["eval", str(ROOT / "configs" / "quickstart.toml"), "--search.kind=best_of", "--score.kind=verifier"]) == 2
+    )
     assert "answer key" in capsys.readouterr().err
 
 
@@ -169,14 +171,14 @@ def compare_score():
 
 
 def test_a_step_search_on_a_model_that_writes_no_steps_is_named_after_the_first_batch(pools):
-    async def probe(replies):
-        return await compare._search(stage(pools, replies), Method("probe", Sample(n=4)), [task(4)])
+    def groups(*replies):
+        found = asyncio.run(compare._search(stage(pools, replies), Method("probe", Sample(n=4)), [task(4)]))
+        return [each.group for each in found]
 
-    by_steps = [Method("plain", Sample()), Method("walk", Beam())]
     with pytest.raises(ConfigError, match=r"methods.walk.*'\\n'.*Answer: 7"):
-        require_steps(by_steps, asyncio.run(probe(["Answer: 7"])))
-    require_steps(by_steps, asyncio.run(probe(["3+4=7\nAnswer: 7"])))
-    require_steps(by_steps[:1], asyncio.run(probe(["Answer: 7"])))
+        require_steps(Beam(), "\n", groups("Answer: 7"), "methods.walk")
+    require_steps(Beam(), "\n", groups("Answer: 7", "3+4=7\nAnswer: 7"))
+    require_steps(Sample(), "\n", groups("Answer: 7"))
 
 
 def result(pools, name, search, replies, estimator="", tasks=(4, 5), grown=True) -> Result:

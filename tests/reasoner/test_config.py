@@ -44,6 +44,7 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("search.kind='best_of'", ["search", "score"]),
         ("score.kind='proces'", ["score.kind", "Did you mean process?"]),
         ("score.join='sum'", ["score", "join"]),
+        ("score.kind='process'", ["score", "Sample asks for no score", "best_of"]),
         ("engine.dtype='fp16'", ["engine.dtype", "float16"]),
         ("verify_timeout=0.0", ["verify_timeout"]),
         ("learner.lr_warmup=100", ["lr_warmup = 100", "steps = 60"]),

@@ -86,6 +86,15 @@ def test_training_rollouts_can_be_searched_with_a_score(tmp_path, kind):
     assert json.loads((tmp_path / "runs" / "quickstart" / "config.json").read_text())["score"]["kind"] == kind
 
 
+def test_a_step_search_on_responses_without_steps_ends_with_its_remedy(tmp_path, capsys):
+    plain = [a for a in SMALL if "search.n" not in a]
+    config = tmp_path / "searched.toml"
+    config.write_text(CONFIG.read_text().replace('[search]\nkind = "sample"\nn = 8\n', '[search]\nkind = "beam"\n'))
+    more = ["--sampling.step=:::", "--score.kind=process", f"--out={tmp_path}/runs", f"--cache={tmp_path}/cache"]
+    assert main(["train", str(config), *plain, *more]) == 2
+    assert "sampling.step = ':::'" in capsys.readouterr().err
+
+
 def test_another_seed_gives_another_run(run, tmp_path):
     assert rows(train(tmp_path, "--seed=5")) != rows(run)
 
