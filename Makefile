@@ -40,6 +40,9 @@ bench-search: setup
 bench-learning: setup      ## FULL=1 for three seeds
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.learning $(if $(FULL),--full)
 
+bench-model: setup
+	$(BIN)/python -m benchmarks.model
+
 bench-gpu:                 ## needs torch, transformers and nvcc alone
 	$(PYTHON) -m benchmarks.gpu
 

@@ -55,16 +55,24 @@ def convert(
 
     middle = build(config, attention_state(given, config, found, slots_J, report := {"frequencies_moved": moved}))
     report["attention"] = compare(given.model, middle, heldout)
-    say(f"attention: {report['attention']}")
+    say(_told("attention", report["attention"]))
     model = middle
     if experts:
         model = with_experts(middle, found)
         report["experts"] = compare(middle, model, heldout)
-        say(f"experts: {report['experts']}")
+        say(_told("experts", report["experts"]))
     report["serving"] = check_serving(model.config)
     for line in report["serving"]:
         say(f"serving: {line}")
+    model.generation_config = given.model.generation_config
     return model.to(given.dtype), given.tokenizer, report
+
+
+def _told(step: str, cost: dict[str, float]) -> str:
+    return (
+        f"{step:9s}: KL {cost['kl']:.4f} nats on held-out text, the same likeliest token {100 * cost['top1']:.1f} %, "
+        f"log-probabilities at most {cost['largest']:.2g} apart"
+    )
 
 
 def shape(given: dense.Dense, latent: int, rope: int) -> ReasonerConfig:
@@ -336,7 +344,7 @@ def compare(original: nn.Module, other: nn.Module, rows: Tensor) -> dict[str, fl
     """How far `other`'s next-token law is from `original`'s on token ids (rows, length), in nats a token.
 
     kl: KL(original || other). top1: how often they name the same likeliest token. nll: of the text under each.
-    largest: the largest absolute difference of two log-probabilities of the text's tokens.
+    largest: the largest absolute difference of two log-probabilities, of every token above e^-20 at every place.
     """
     kl = top = nll = other_nll = largest = 0.0
     for row in rows.split(1):

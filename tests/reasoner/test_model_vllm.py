@@ -1,5 +1,6 @@
 """A saved checkpoint served by vLLM on the CPU, unchanged: the same log-probabilities and speculated tokens."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,10 +94,11 @@ assert plain == drafted, (plain, drafted)
 """
 
 
-def run(script: str, folder: Path) -> str:
+def run(script: str, folder: Path, **environment: str) -> str:
     pytest.importorskip("vllm")
     command = [sys.executable, "-c", PREPARE + script, str(folder / "checkpoint")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    env = os.environ | environment
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -116,7 +118,7 @@ def test_vllm_gives_the_same_logprobs(changes, tmp_path):
 
 
 def test_experts_recorded_by_vllm_are_replayed(tmp_path):
-    print(run(REPLAY, tmp_path)[-400:])
+    print(run(REPLAY, tmp_path, VLLM_USE_V2_MODEL_RUNNER="1")[-400:])
 
 
 def test_vllm_speculates_with_the_mtp_module_and_says_the_same_tokens(tmp_path):
