@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-learning bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-learning bench-model bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
