@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reasoner import kernels
@@ -104,9 +103,9 @@ def prefill(
     ids_T = torch.tensor([i for each, p in zip(ids, past, strict=True) for i in each[p:]], device=device)
     keys = torch.arange(longest, device=device)
     real_NP = keys < (past_N + new_N)[:, None]
-    seen_N1SP = None
+    seen_NSP = None
     if any(past):
-        seen_N1SP = (keys <= past_N[:, None, None] + torch.arange(widest, device=device)[:, None])[:, None]
+        seen_NSP = keys <= past_N[:, None, None] + torch.arange(widest, device=device)[:, None]
 
     def attend(layer: LatentAttention, q_THn: Tensor, q_THr: Tensor, latents: Tensor) -> Tensor:
         """Keys and values of every head from the latents: the training path's way, over cached tokens too."""
@@ -118,10 +117,8 @@ def prefill(
         k = torch.cat((k_NPHn, k_NPr[:, :, None].expand(-1, -1, layer.heads, -1)), dim=-1)
         q_THk = torch.cat((q_THn, q_THr), dim=-1)
         q = q_THk.new_zeros(count * widest, *q_THk.shape[1:]).index_copy(0, place_T, q_THk).unflatten(0, (count, -1))
-        width = max(q.shape[-1], layer.value)  # equal widths reach the fused kernels
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v_NPHv))
-        out_NHSk = F.scaled_dot_product_attention(q, k, v, seen_N1SP, is_causal=seen_N1SP is None, scale=layer.scale)
-        return out_NHSk[..., : layer.value].transpose(1, 2).flatten(0, 1)[place_T].flatten(1)
+        out_NSHv = kernels.attention(q, k, v_NPHv, layer.scale, seen_NSP)
+        return out_NSHv.flatten(0, 1)[place_T].flatten(1)
 
     x_TD = _read(model, cache, ids_T, positions_T, slots_T, attend)
     return _head(model, x_TD[new_N.cumsum(0) - 1])

@@ -5,6 +5,7 @@
 `token_logprob`.
 """
 
+from .attention import attention
 from .decode import latent_decode
 from .dispatch import set_mode, using
 from .experts import moe_experts
@@ -15,6 +16,7 @@ from .sample import sample
 from .swiglu import swiglu
 
 __all__ = [
+    "attention",
     "latent_decode",
     "moe_experts",
     "rms_norm",

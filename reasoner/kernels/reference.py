@@ -143,6 +143,15 @@ def swiglu_backward(gate_up: Tensor, by_y: Tensor) -> Tensor:
     return torch.cat((by * up * s * (1 + gate * (1 - s)), by * gate * s), dim=-1).to(gate_up.dtype)
 
 
+def attention(q_NSHk: Tensor, k_NPHk: Tensor, v_NPHv: Tensor, scale: float, seen_NSP: Tensor | None = None) -> Tensor:
+    """Causal where `seen_NSP` does not say otherwise."""
+    scores_NHSP = torch.einsum("nshk,nphk->nhsp", wide(q_NSHk), wide(k_NPHk)) * scale
+    if seen_NSP is None:
+        seen_NSP = torch.ones(scores_NHSP.shape[2:], dtype=torch.bool, device=q_NSHk.device).tril()[None]
+    p_NHSP = scores_NHSP.masked_fill(~seen_NSP[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("nhsp,nphv->nshv", p_NHSP, wide(v_NPHv)).to(v_NPHv.dtype)
+
+
 def latent_decode(
     q_BSND: Tensor, cache: Tensor, table_BX: Tensor, lengths_B: Tensor, latent: int, scale: float
 ) -> Tensor:

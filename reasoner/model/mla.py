@@ -5,7 +5,7 @@ Training and prefill expand the latent into heads; decoding folds the expansion 
 tokens form a sequence. Neighbours: `transformer.py` calls it.
 
 Shapes: T tokens, D model width, H heads; a head is n + r wide in queries and keys (n without position; r rotary, which
-the heads share in keys) and v wide in values, k the wider of the two; C latent width, K = C + r; N sequences of at most
+the heads share in keys) and v wide in values; C latent width, K = C + r; N sequences of at most
 S tokens; B rows, L new columns, P cached and new columns, Q = L * H queries.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .. import kernels
 from .config import ReasonerConfig
 from .layout import Layout
 
@@ -48,10 +49,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (0, 1), (2, 3), ...; stored as firsts, then seconds, which changes no query-key product."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
-
-
-def _widen(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class LatentAttention(nn.Module):
@@ -100,11 +97,7 @@ class LatentAttention(nn.Module):
         k_THn, v_THv = kv_THk.split((self.nope, self.value), dim=-1)
         q = torch.cat((q_THn, q_THr), dim=-1)
         k = torch.cat((k_THn, k_Tr[:, None].expand(-1, self.heads, -1)), dim=-1)
-        # Values as wide as keys reach the fused kernels (the CPU's: 2.6 times faster), which refuse unequal widths.
-        width = max(q.shape[-1], self.value)
-        q, k, v = (layout.rows(_widen(x, width)).transpose(1, 2) for x in (q, k, v_THv))
-        out_NHSk = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return layout.unrow(out_NHSk[..., : self.value].transpose(1, 2)).flatten(1)
+        return layout.unrow(kernels.attention(*map(layout.rows, (q, k, v_THv)), self.scale)).flatten(1)
 
     def absorbed(self, q_THn: Tensor, q_THr: Tensor, keys_B1PK: Tensor, layout: Layout) -> Tensor:
         """Attention of all heads over the cache itself, which is key and value at once; (T, H * v)."""
