@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,7 @@ class _Actor:
         """The version of the weights being served; returns once the engine can work."""
         async with self._telling():
             if self._engine is None:
+                _require_folder(self._arguments[0])
                 module, name = self._make.split(":")
                 self._engine = getattr(importlib.import_module(module), name)(*self._arguments)
             return await self._engine.ready()
@@ -330,6 +332,13 @@ class _Actor:
         except Exception as error:
             words = f"{type(error).__name__}: {_last_line(error)}"
             raise (Lost if self._engine is not None and self._engine.dead else Refused)(words) from None
+
+
+def _require_folder(checkpoint: str) -> None:
+    if not Path(checkpoint).is_dir():
+        raise ClusterError(
+            f"{checkpoint} is not on node {platform.node()}: put it (--cache) on a file system that all nodes see"
+        )
 
 
 def _told(error: Exception) -> Exception:

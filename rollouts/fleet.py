@@ -159,6 +159,7 @@ class Fleet:
         self.dropped: Counter[str] = Counter()  # requests that had to be asked again, by reason
         self._host, self._deadlines = host, deadlines or Deadlines()
         self._weights = Weights(0, ())
+        self._pushing = asyncio.Lock()
         self._seats = [_Seat(number) for number in range(count)]
         self._events: deque[EngineState] = deque(maxlen=MEMORY)
         self._file: Any = None
@@ -333,10 +334,11 @@ class Fleet:
     # -- weights -------------------------------------------------------------------------------------------------
 
     async def _push(self, weights: Weights) -> None:
-        self._weights = weights  # from here on, an engine that starts gets these
-        tasks = [self._work(self._refresh, seat, weights) for seat in self._seats if seat.up]
-        if tasks:
-            await asyncio.wait(tasks)
+        async with self._pushing:
+            self._weights = weights  # from here on, an engine that starts gets these
+            tasks = [self._work(self._refresh, seat, weights) for seat in self._seats if seat.up]
+            if tasks:
+                await asyncio.wait(tasks)
         self._require_hope()
 
     async def _refresh(self, seat: _Seat, weights: Weights) -> None:

@@ -12,8 +12,8 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.numpy import save_file
 
-from rollouts.cluster import ClusterError, Engines, cluster
-from rollouts.fleet import Deadlines
+from rollouts.cluster import ClusterError, Engines, _Actor, cluster
+from rollouts.fleet import Deadlines, Refused
 from rollouts.request import Placement
 from rollouts.scripted_engine import SCRIPTED
 from search.base import Sampling, Trajectory, derive
@@ -163,6 +163,11 @@ def test_a_cluster_with_too_few_resources_says_at_once_what_is_missing(nodes, ch
     with pytest.raises(ClusterError, match="1 CPU and 0.5 GPU each, but the Ray cluster has room for 0"):
         Engines.start(checkpoint, Placement(count=2, gpus=0.5), Sampling(), 0, engine=SCRIPTED)
     assert time.monotonic() - start < 2
+
+
+def test_a_checkpoint_that_a_node_does_not_see_is_told_by_that_node(tmp_path):
+    with pytest.raises(Refused, match="missing is not on node .* file system that all nodes see"):
+        asyncio.run(_Actor(SCRIPTED, str(tmp_path / "missing"), Placement(), 0).ready())
 
 
 def test_resources_that_others_hold_are_named(engines, checkpoint):
