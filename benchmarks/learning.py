@@ -51,8 +51,11 @@ TASK = [  # two-digit sums: the base guesses at most of them, works some, and ma
     "base.hidden=64",
     "base.guess=0.6",
     "base.slip=0.2",
+    "base.hinted=0.4",
+    "base.longer=0.35",
+    "base.steps=600",
 ]
-POLICY = ["learner={}", "steps=200", "tasks_per_step=16", "search.n=8", "learner.lr=3e-4", "learner.lr_warmup=3"]
+POLICY = ["learner={}", "steps=200", "tasks_per_step=32", "search.n=8", "learner.lr=1.5e-4", "learner.lr_warmup=3"]
 ROUNDS = ["steps=20", "tasks_per_step=128", "search.n=8", "learner.updates=60", "learner.batch=32"]
 HINTS = [*ROUNDS, "learner.kind=star", "learner.rationalise=2"]
 METHODS = {
