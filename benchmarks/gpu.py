@@ -22,11 +22,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a GPU machine may have the sources without an installation
 
 from reasoner import kernels  # noqa: E402
 from reasoner.kernels import reference  # noqa: E402
+from reasoner.paged_engine import StepGraphs  # noqa: E402
+from reasoner.paged_model import PagedCache  # noqa: E402
+from reasoner.paged_model import decode as decode_step  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 
@@ -294,23 +298,87 @@ def training(device: str, quick: bool, _: Ceilings) -> list[Figure]:
     ]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generation(device: str, quick: bool, _: Ceilings) -> list[Figure]:
-    batch, cached = (2, 16) if quick else (64, 2048)
-    prompt, token = (torch.randint(3, 256, (batch, n), device=device) for n in (cached, 1))
-    times = []
-    for model in models(device, quick):
-        cache = model.eval()(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    """One more token for every sequence: ours as the paged engine does it (on a GPU a CUDA graph), theirs as it is."""
+    batch, cached, page = (2, 16, 16) if quick else (64, 2048, 64)
+    ours, theirs = (model.eval() for model in models(device, quick))
+    ids = torch.randint(3, 256, (batch,))
+    each = cached // page + 1
+    cache = PagedCache(ours, batch * each, page)
+    for latents in cache.latents:
+        latents.normal_()
+    table = torch.randperm(batch * each).int().view(batch, each)
+    at, lengths = torch.full((batch,), cached), torch.full((batch,), cached + 1, dtype=torch.int32)
+    given = (ids, at, table[:, -1].long() * page, table, lengths)
+    step = StepGraphs(ours, cache, each) if device == "cuda" else lambda *given: decode_step(ours, cache, *given)
+    our_seconds = seconds(lambda: step(*given), 7)
 
-        def step(model=model, cache=cache):
-            model(token, past_key_values=cache, use_cache=True)
-            cache.crop(-1)
+    past = theirs(torch.randint(3, 256, (batch, cached), device=device), use_cache=True, logits_to_keep=1)
 
-        times.append(seconds(step, 7))
-    return [Figure("decode_step_over_transformers", times[1] / times[0], 10.0, note="64 sequences, 2048 cached")]
+    def their_step() -> None:
+        theirs(ids[:, None].to(device), past_key_values=past.past_key_values, use_cache=True)
+        past.past_key_values.crop(-1)
+
+    note = "64 sequences, 2048 cached; our token ids and tables travel to the device in every step"
+    return [Figure("decode_step_over_transformers", seconds(their_step, 7) / our_seconds, 10.0, note=note)]
 
 
-PARTS = (head, decode, experts, pointwise, training, generation)
+def training_attention(device: str, quick: bool, limit: Ceilings) -> list[Figure]:
+    """Padded fused attention against FlexAttention, whole and packed: which of the two the model should use."""
+    on_gpu = device == "cuda"
+    flex = torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
+    figures = []
+    for key, value in ((32, 16),) if quick else ((192, 128), (128, 128)):
+        rows, length, heads = (2, 32, 2) if quick else (2, 4096, 16)
+        q, k, v = (
+            torch.randn(rows, length, heads, width, device=device, dtype=torch.bfloat16).requires_grad_(on_gpu)
+            for width in (key, key, value)
+        )  # FlexAttention has no backward on the CPU
+        by = torch.randn(rows, length, heads, value, device=device, dtype=torch.bfloat16)
+
+        def times(run: Callable[[], Tensor], leaves: tuple[Tensor, ...], by: Tensor) -> tuple[float, float]:
+            with torch.no_grad():
+                forward = seconds(run)
+            return forward, seconds(lambda: torch.autograd.grad(run(), leaves, by)) if on_gpu else forward
+
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+        leaves = (q, k, v)
+        ours = times(lambda q=q, k=k, v=v, s=key**-0.5: kernels.attention(q, k, v, s), leaves, by)
+        theirs = times(
+            lambda q=q, k=k, v=v, m=mask: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=m).transpose(1, 2),
+            leaves,
+            by,
+        )
+        flops = rows * heads * length * length * (key + value)  # of the causal half
+        name = f"attention_{key}"
+        figures += [
+            Figure(f"{name}_forward_over_product", flops / ours[0] / limit.product, 0.5),
+            Figure(f"{name}_both_over_product", 3.5 * flops / ours[1] / limit.product, 0.4),
+            Figure(f"{name}_over_flex", theirs[1] / ours[1], 1.0, note="forward and backward"),
+        ]
+
+    lengths = (5, 32, 9) if quick else (512, 4096, 1024, 2048, 700, 3000, 256, 1600)
+    total, document = sum(lengths), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    document = document.to(device)
+    q, k, v = (torch.randn(1, total, heads, width, device=device, dtype=torch.bfloat16) for width in (key, key, value))
+    place = torch.cat([row * max(lengths) + torch.arange(n) for row, n in enumerate(lengths)]).to(device)
+
+    def rectangle(x: Tensor) -> Tensor:
+        rows = x.new_zeros(len(lengths) * max(lengths), *x.shape[2:])
+        return rows.index_copy(0, place, x[0]).unflatten(0, (len(lengths), -1))
+
+    mask = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (document[i] == document[j]), None, None, total, total, device=device
+    )
+    with torch.no_grad():
+        ours = seconds(lambda: kernels.attention(*map(rectangle, (q, k, v)), key**-0.5).flatten(0, 1)[place])
+        theirs = seconds(lambda: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask))
+    note = "forward; sequences of 256 to 4096 tokens: a rectangle against a document mask"
+    return [*figures, Figure("attention_packed_over_flex", theirs / ours, 1.0, note=note)]
+
+
+PARTS = (head, decode, experts, pointwise, training_attention, training, generation)
 
 
 def measure(device: str, quick: bool) -> tuple[Ceilings, list[Figure], dict[str, str]]:

@@ -129,7 +129,7 @@ class PagedDecoder:
         self._queue: deque[tuple[Row, asyncio.Future[None]]] = deque()
         self._lock = threading.Lock()  # held for one token of every row, or while weights are written
         self._worker: asyncio.Task[None] | None = None
-        self._graphs = _Graphs(model, self._cache, table) if model.device.type == "cuda" else None
+        self._graphs = StepGraphs(model, self._cache, table) if model.device.type == "cuda" else None
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
         own = self._model.state_dict().keys()
@@ -367,7 +367,7 @@ def _settle(futures: list[asyncio.Future[None]], error: BaseException | None) ->
             future.set_exception(error) if error else future.set_result(None)
 
 
-class _Graphs:
+class StepGraphs:
     """Decode steps captured as CUDA graphs, one per batch size; smaller batches are filled up with rows of no length.
 
     Weights are written in place, so a graph outlives them. A model whose step cannot be captured (a kernel that does

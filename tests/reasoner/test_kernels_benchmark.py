@@ -35,7 +35,7 @@ def test_every_part_runs_and_gives_every_figure(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds", lambda run, repeats=0: (run(), 1.0)[1])
     _, figures, missing = benchmark.measure("cuda" if torch.cuda.is_available() else "cpu", quick=True)
     assert missing == {}
-    assert len({f.name for f in figures}) == len(figures) == 17
+    assert len({f.name for f in figures}) == len(figures) == 21
     assert next(f for f in figures if f.name == "head_logprob_error").reached
 
 
