@@ -52,7 +52,7 @@ class Learner:
     kl: float = 0.0  # weight of the divergence from the base model, in nats per token
     lora: int = 0  # rank of LoRA adapters; 0 trains every weight
     mtp: float = 0.0  # weight of the loss of MTP modules, where the model has any
-    importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
+    importance: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask | none
     importance_max: float = 3.0  # cap on policy / sampler probability ratios
     micro_batches: int = 1  # pieces that a batch is cut into to save memory
     workers: int = 1  # of Ray Train, among which each batch is shared; 1: the driver itself
@@ -456,10 +456,10 @@ def _check_policy(run: Run, learner: Learner) -> None:
             f"sampling.top_p = {sampling.top_p} with learner.importance = {learner.importance!r}: sequence ratios "
             "against a truncated law are far from 1, use a token_ mode or top_p = 1"
         )
-    if learner.importance not in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+    if learner.importance not in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"):
         raise ConfigError(
-            f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate or "
-            "sequence_mask"
+            f"learner.importance = {learner.importance!r} must be token_truncate, token_mask, sequence_truncate, "
+            "sequence_mask or none"
         )
     if learner.workers > 1:
         _check_workers(learner, run.engine)

@@ -94,8 +94,8 @@ def learn(
         loss_type=learner.loss,
         importance_sampling_level=learner.ratio,
         beta=0.0,  # TRL would load the reference by the model's name: PolicyTrainer has it from here
-        vllm_importance_sampling_correction=True,
-        vllm_importance_sampling_mode=learner.importance,
+        vllm_importance_sampling_correction=learner.importance != "none",
+        vllm_importance_sampling_mode=learner.importance if learner.importance != "none" else "token_truncate",
         vllm_importance_sampling_clip_max=learner.importance_max,
         **_common(seed, learner.report_to),
     )

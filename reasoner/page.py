@@ -14,7 +14,7 @@ from typing import Any
 
 
 def document(title: str, sections: Iterable[str]) -> str:
-    """A whole page: one file, no script, nothing loaded from elsewhere."""
+    """A whole page: one file, nothing loaded from elsewhere."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -172,6 +172,15 @@ article { background:var(--panel); padding:1.1rem 1.2rem; margin-top:1.2rem; bor
 .rollout .why { margin:.5rem 0 0 }
 .rollout .good { color:var(--good) }
 .rollout .bad { color:var(--bad) }
+#finder { display:flex; flex-wrap:wrap; gap:.5rem 1rem; font-size:.875rem }
+#finder input, #finder select { font:inherit; color:inherit; background:var(--panel); border:1px solid var(--rule);
+  padding:.15rem .35rem }
+#found { max-height:20rem; overflow:auto; font-size:.85rem; border-top:1px solid var(--rule) }
+#found td { white-space:nowrap; padding:.15rem .8rem .15rem 0 }
+#found tr { cursor:pointer; border-bottom:1px solid var(--rule) }
+#found tr:hover, #found tr:focus { background:var(--panel) }
+#shown .prompt { color:var(--soft); margin-bottom:.8rem }
+.tokens span { border-radius:2px }
 details { margin-top:3rem; color:var(--soft) }
 details pre { margin-top:.8rem; font-size:12.5px }
 @media (max-width: 40rem) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,17 +106,23 @@ class Screen:
         self.console.print(line, soft_wrap=True)  # one line stays one line, however narrow
 
 
-def step_line(row: Mapping[str, Any], in_flight: int) -> str:
-    """One step in one line: what was learned from, where the time went, how far the rollouts are ahead.
+def step_line(row: Mapping[str, Any], in_flight: int, engines: Sequence[Any] = ()) -> str:
+    """One step in one line: what was learned from, where the time went, how far the rollouts lag, who serves.
 
-    wait: the learner waited for groups. generate: groups were on their way, also while it learned.
+    wait: the learner waited for groups. generate: groups were on their way, also while it learned. verify: the workers'
+    own seconds. engines: states with `state` and `engine`.
     """
     reward = "none judged" if row["reward_mean"] is None else f"{row['reward_mean']:.3f}"
     spent = {"wait": "rollouts", "learn": "learn", "sync": "sync", "generate": "generate", "verify": "verify"}
-    times = "  ".join(f"{name} {row[f'seconds_{key}']:.2f}" for name, key in spent.items())
+    times = " ".join(f"{name} {row[f'seconds_{key}']:.2f}" for name, key in spent.items())
+    ahead = f"lag {row['lag_mean']:.1f} in flight {in_flight}" if in_flight or row["lag_max"] else "lag 0"
     dropped = sum(row["groups_dropped"].values())
-    lag = f"lag {row['lag_mean']:.1f} max {row['lag_max']}  in flight {in_flight}  dropped {dropped}"
-    return f"reward {reward}  length {row['response_length_mean']:.0f}  s: {times}  {lag}"
+    parts = [f"reward {reward}", f"length {row['response_length_mean']:.0f}", f"s: {times}", ahead]
+    parts += [f"dropped {dropped}"] if dropped else []
+    if engines:
+        away = [f"{each.engine} {each.state}" for each in engines if each.state != "serving"]
+        parts.append(f"engines {len(engines) - len(away)}/{len(engines)}" + (f" ({', '.join(away)})" if away else ""))
+    return "  ".join(parts)
 
 
 def comparison(summary: dict[str, Any]) -> Table:

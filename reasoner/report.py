@@ -1,11 +1,11 @@
 """One page about a run: did the model learn, where did the time go, what did it write.
 
-`write_report` reads what a run leaves (summary.json, metrics.jsonl, journal.jsonl, config.json), whole or half written,
-and writes report.html beside them: one file, no script, nothing loaded from elsewhere, so it can be mailed and kept.
-Every figure on it is read from those files. Knows no model, no engine and no type of the other rooms: the files are
-the interface.
+`write_report` reads what a run leaves (summary.json, metrics.jsonl, events.jsonl, journal.jsonl, config.json), whole or
+half written, and writes report.html beside them: one file, nothing loaded from elsewhere, so it can be mailed and kept.
+Every figure on it is read from those files. Only looking through the rollouts needs a script; the rest is there without
+one. Knows no model and no engine: the files are the interface.
 
-Neighbour: `page` has the document, the style and the scales.
+Neighbours: `page` has the document, the style and the scales, `timeline` and `browser` a section each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from reasoner import browser, timeline
+from reasoner.browser import Excerpt
 from reasoner.page import document, down, duration, integer, number, percent, scale, short, svg
 
 MEASURES = ("greedy", "mean_at_k", "pass_at_k", "maj_at_k", "marginal_at_k")  # of held-out tasks, in [0, 1]
 PHASES = ("warmup", "start", "rollouts", "learn", "sync", "eval")  # each has its colour in STYLE
-BESIDE = "verify"  # seconds of the verifiers' own processes, while rollouts run: not a part of the total
+BESIDE = {  # seconds that run beside the learner's clock: no part of the total
+    "verify": "The verifiers worked {} in their own processes, while rollouts ran.",
+    "generate": "Groups were on their way for {}, also while the model learned.",
+}
 SUBJECTS = ("tasks", "base", "search", "credit", "learner")  # sections of the config that say what was done
 CHARTS = (  # title, keys of metrics.jsonl
     ("Reward in training", ("reward_mean", "solved_fraction")),
@@ -42,7 +47,15 @@ CHARTS = (  # title, keys of metrics.jsonl
     ("Gradient norm", ("grad_norm",)),
     ("Tokens generated per step", ("tokens_generated",)),
 )
-UNPLOTTED = {"step", "version", "rollouts", "pass_gap", "k", "rows"}  # the axis, and what follows from the config
+UNPLOTTED = {
+    "step",
+    "version",
+    "rollouts",
+    "pass_gap",
+    "k",
+    "rows",
+    "time",
+}  # the axis, and what follows from the config
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -65,18 +78,25 @@ class Run:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]  # empty while the run is going
     metrics: list[Mapping[str, Any]]
+    folder: Path
     early: Mapping[str, Any] | None = None  # a group of the journal, if possible one with right and wrong answers
     late: Mapping[str, Any] | None = None
+    excerpt: Excerpt = field(default_factory=Excerpt)  # of the journal
+    events: list[Mapping[str, Any]] = field(default_factory=list)  # of the engines
     verdicts: Counter[str] = field(default_factory=Counter)  # by status
     reasons: Counter[str] = field(default_factory=Counter)  # of what no verdict was given for
     unread: int = 0
 
 
 def read_run(folder: Path) -> Run:
-    run = Run(folder.resolve().name, _json(folder / "config.json"), _json(folder / "summary.json"), [])
+    run = Run(folder.resolve().name, _json(folder / "config.json"), _json(folder / "summary.json"), [], folder)
     run.metrics += _lines(folder / "metrics.jsonl", run)
+    run.events += _lines(folder / "events.jsonl", run)
     first = last = None
     for group in _lines(folder / "journal.jsonl", run):
+        if "task" not in group:  # tells which groups a step took
+            continue
+        run.excerpt.add(group)
         first, last = first or group, group
         verdicts = [_verdict(rollout) for rollout in group.get("rollouts") or ()]
         if {True, False} <= {verdict.get("correct") for verdict in verdicts}:
@@ -145,7 +165,8 @@ def _measure(side: Any, key: str) -> Measure | None:
 
 
 def _page(run: Run) -> str:
-    sections = [_head(run), _before_after(run), _curves(run), _time(run), _left_out(run), _rollouts(run), _config(run)]
+    sections = [_head(run), _before_after(run), _curves(run), _time(run), _left_out(run), _rollouts(run)]
+    sections += [browser.section(run.excerpt, run.folder), _config(run)]
     return document(f"{run.name} · run report", sections)
 
 
@@ -277,18 +298,19 @@ def _time(run: Run) -> str:
     whole = run.summary.get("seconds") if isinstance(run.summary.get("seconds"), Mapping) else {}
     spent = {k: s for k, v in whole.items() if k != "total" and (s := number(v))}
     spent = spent or {k: sum(v for _, v in points) for k, points in per_step.items() if points}
-    beside, total, notes = spent.pop(BESIDE, None), number(whole.get("total")), []
+    beside = {key: spent.pop(key) for key in BESIDE if key in spent}
+    total, notes = number(whole.get("total")), []
     if not spent:
         return ""
     if total is not None and sum(spent.values()) > 1.01 * total:
         notes.append(f"The phases overlap: together {duration(sum(spent.values()))}, by the clock {duration(total)}.")
     elif total is not None:
         spent["elsewhere"] = max(0.0, total - sum(spent.values()))
-    if beside is not None:
-        notes.append(f"The verifiers worked {duration(beside)} in their own processes, while rollouts ran.")
+    notes += [BESIDE[key].format(duration(seconds)) for key, seconds in beside.items()]
     note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
-    steps = _stacked_chart({k: points for k, points in per_step.items() if points and k != BESIDE})
-    return f"<section><h2>Where the time went</h2>{_stacked_bar(spent)}{note}{steps}</section>"
+    steps = _stacked_chart({k: points for k, points in per_step.items() if points and k not in BESIDE})
+    lanes = timeline.lanes(run.metrics, run.events)
+    return f"<section><h2>Where the time went</h2>{_stacked_bar(spent)}{note}{steps}{lanes}</section>"
 
 
 def _seconds_keys(run: Run) -> list[str]:
@@ -299,7 +321,8 @@ def _seconds_keys(run: Run) -> list[str]:
 def _left_out(run: Run) -> str:
     told = [row["dropped"] for row in run.metrics if isinstance(row.get("dropped"), Mapping)]
     reasons = Counter() if told else Counter(run.reasons)  # the same rollouts, counted by the loop or in the journal
-    for drops in told:
+    groups = [row["groups_dropped"] for row in run.metrics if isinstance(row.get("groups_dropped"), Mapping)]
+    for drops in (*told, *({f"group {why}": n for why, n in each.items()} for each in groups)):
         reasons.update({str(why): int(number(count) or 0) for why, count in drops.items()})
     agreeing = sum(value for _, value in _series(run, "groups_agreeing"))
     if agreeing:
@@ -337,7 +360,7 @@ def _rollouts(run: Run) -> str:
         '<p class="note">The first and the last group of the journal that hold both a right and a wrong answer, where '
         "there are such; of each, the first right and the first wrong one. They are examples, not a sample.</p>"
     )
-    return f"<section><h2>Rollouts in full</h2>{note}{shown}</section>" if shown else ""
+    return f"<section><h2>Two groups in full</h2>{note}{shown}</section>" if shown else ""
 
 
 def _group(when: str, group: Mapping[str, Any]) -> str:

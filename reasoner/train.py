@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -177,6 +178,7 @@ def open_stage(
     if not resume:
         stack.enter_context(checkpoints.lock(folder))
     write_json(folder / "config.json", to_dict(run))
+    tokenizer.save_pretrained(folder / "tokenizer")  # for the report, which spells tokens
     if run.engine.kind == "vllm":
         engine.record(folder / "events.jsonl")
     position = replace(position, base=str(checkpoint.resolve()))
@@ -207,11 +209,16 @@ def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task
     }
 
 
+def _states(stage: Stage) -> list[Any]:
+    """Of the engines that live in other processes."""
+    return stage.engine.states() if stage.run.engine.kind == "vllm" else []
+
+
 def _faults(stage: Stage) -> dict[str, Any]:
     """What this driver's engines went through; `events.jsonl` has the time line."""
     if stage.run.engine.kind != "vllm":
         return {}
-    restarts = sum(state.restarts for state in stage.engine.states())
+    restarts = sum(state.restarts for state in _states(stage))
     return {"engine_restarts": restarts, "asked_again": dict(stage.engine.dropped)}
 
 
@@ -344,7 +351,7 @@ def steps(
                 version += 1
                 with clock.phase("sync"):
                     push(stage.engine, stage.model, version, export)
-            row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in LAPS}
+            row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in LAPS} | {"time": time.time()}
             laps = dict(clock.seconds)
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -354,7 +361,7 @@ def steps(
                 with clock.phase("save"):
                     position = replace(start, step=step + 1, version=version, metrics=log.tell(), pools=deck.state)
                     _save(stage, feed, trainer(), position, tokens_so_far(stage, start))
-            tell(step + 1, step_line(row, batch.in_flight))
+            tell(step + 1, step_line(row, batch.in_flight, _states(stage)))
             if last:
                 return
 

@@ -87,7 +87,7 @@ def read(path: Path) -> Iterator[tuple[int, int, Group]]:
     for line in _whole_lines(path):
         row = json.loads(line)
         if "task" in row:
-            yield row["step"], row["version"], _group(row)
+            yield row["step"], row["version"], group_of(row)
 
 
 def read_at(path: Path, offset: int) -> tuple[int, Group]:
@@ -95,7 +95,7 @@ def read_at(path: Path, offset: int) -> tuple[int, Group]:
     with path.open("rb") as file:
         file.seek(offset)
         row = json.loads(file.readline())
-    return row["version"], _group(row)
+    return row["version"], group_of(row)
 
 
 def scan(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -144,7 +144,8 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _group(row: dict[str, Any]) -> Group:
+def group_of(row: dict[str, Any]) -> Group:
+    """Of a record that has a task."""
     task = Task(**{**row["task"], "prompt": tuple(row["task"]["prompt"])})
     return Group(task, tuple(_rollout(task, r) for r in row["rollouts"]))
 

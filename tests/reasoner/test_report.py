@@ -6,10 +6,13 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 
+from reasoner.browser import MOST_TOKENS, SCRIPT, Excerpt
 from reasoner.report import read_run, write_report
 
 STEPS = 120
@@ -80,7 +83,10 @@ def rollout(text, answer, correct, *, end="stop", version=0, status="scored", wh
     score = float(correct) if status == "scored" else None
     verdict = dict(status=status, score=score, correct=correct, answer=answer, steps=[], why=why, seconds=0.0004)
     steps = [hint, step] if written else [step]
-    return {"prompt_ids": [1, 2], "steps": steps, "end": end, "seed": 7, "verdict": verdict}
+    return {"prompt_ids": [1, 2], "steps": steps, "end": end, "seed": 7, "verdict": verdict} | {
+        "value": None,
+        "log_weight": 0.0,
+    }
 
 
 def group(step, number, rollouts, prompt="4 - 1 - 7 + 2 ="):
@@ -126,11 +132,11 @@ HOSTILE = '</pre></style><script>alert("x")</script><img src="http://x.example/y
 class Page(HTMLParser):
     """Tags with their attributes, the text, and whether every tag is closed in order."""
 
-    VOID = {"meta"}
+    VOID = {"meta", "input"}
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.open, self.text = [], [], []
+        self.tags, self.open, self.text, self.scripts = [], [], [], []
         self.feed(html)
         assert not self.open, f"left open: {self.open}"
 
@@ -146,7 +152,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.text.append(data)
 
     @property
@@ -179,14 +187,16 @@ def test_hostile_text_stays_text(tmp_path):
     for name in ("config.json", "summary.json", "metrics.jsonl", "journal.jsonl"):
         poison(folder / name)
     page = page_of(folder)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "iframe", "link", "object"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"img", "iframe", "link", "object"})
+    data, script = page.scripts
+    assert script == SCRIPT and "<" not in data and HOSTILE in json.loads(data)["groups"][0]["prompt"]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert HOSTILE in page.words
 
 
 def test_page_needs_nothing_from_elsewhere(tmp_path):
     html = write_report(write_run(tmp_path / "run")).read_text()
-    assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<script", html)
+    assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|fetch|XMLHttp|innerHTML|eval\(", html)
 
 
 # --- what it says
@@ -353,3 +363,140 @@ def test_no_missing_or_null_key_breaks_the_page(tmp_path, name):
     for changed in without_each_key(first):
         (folder / name).write_text(json.dumps(changed) + "\n")
         page_of(folder)
+
+
+# --- looking through rollouts
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+def shown(folder, search=""):
+    """The page's document after its script has run."""
+    page = write_report(folder).resolve()
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000"]
+    home = f"--user-data-dir={folder}/browser"
+    done = subprocess.run([*command, home, f"file://{page}#{search}"], capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+def found(document):
+    table = re.search(r'<div id="found">(.*?)</div>', document, re.S).group(1)
+    return [re.findall(r"<td>(.*?)</td>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ("", 22),
+        ("least=1", 10),
+        ("most=0", 11),
+        ("task=train/5", 4),
+        ("from=1&to=60", 8),
+        ("words=WAIT, check", 1),
+        ("task=train/5&least=1", 1),
+        ("words=no such words", 0),
+    ],
+)
+def test_a_browser_finds_rollouts_by_score_task_step_and_words(tmp_path, search, expected):
+    rows = found(shown(write_run(tmp_path / "run"), search))
+    assert len(rows) == expected, rows
+
+
+@in_a_browser
+def test_a_browser_shows_each_token_with_log_probability_advantage_and_version(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config = {"name": "x", "steps": 1, "credit": {"kind": "grpo"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    document = shown(folder, "task=train/5&least=1&show=0&colour=advantage")
+    tokens = re.findall(r'<span title="(.*?)"', document)
+    assert len(tokens) == len("4 - 1 = 3\n3 - 7 = -4\n-4 + 2 = -2\nans:-2")
+    assert tokens[0] == "log p -0.2, advantage 0.667, version 0"
+
+
+@in_a_browser
+def test_hostile_text_does_nothing_in_a_browser(tmp_path):
+    folder = write_run(tmp_path / "run")
+    poison(folder / "journal.jsonl")
+    document = shown(folder, "show=0")
+    assert "<img" not in document and len(re.findall("<script", document.replace("&lt;script", ""))) == 2
+
+
+def test_an_excerpt_is_even_bounded_and_holds_the_newest():
+    excerpt = Excerpt(limit=1000)
+    for i in range(10_000):
+        excerpt.add({"number": i, "rollouts": [{"steps": [{"ids": [1] * 10}]}]})
+    kept = [row["number"] for row in excerpt.rows()]
+    assert excerpt.seen == 10_000 and kept[0] == 0 and kept[-8:] == list(range(9992, 10_000))
+    assert len(kept) <= 108 and len({b - a for a, b in zip(kept[:-9], kept[1:-8], strict=True)}) == 1
+
+
+def test_the_page_of_a_large_journal_stays_small(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [group(step, step, [rollout("4 - 1 = 3 " * 20, "3", True)] * 8) for step in range(400)]
+    (folder / "journal.jsonl").write_text(lines(rows))
+    assert 400 * 8 * 200 > MOST_TOKENS
+    assert write_report(folder).stat().st_size < 6e6
+
+
+# --- time line
+
+
+def test_the_time_line_has_a_lane_for_the_learner_and_each_engine(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [metrics(step) | {"time": 1e9 + 3 * step} for step in range(STEPS)]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    events = [
+        {
+            "time": 1e9 - 50,
+            "engine": 0,
+            "state": "serving",
+            "version": 1,
+            "lag": 0,
+            "restarts": 0,
+            "node": "a",
+            "why": "",
+        },
+        {
+            "time": 1e9 + 60,
+            "engine": 0,
+            "state": "restarting",
+            "version": 1,
+            "lag": 2,
+            "restarts": 1,
+            "node": "a",
+            "why": HOSTILE,
+        },
+        {
+            "time": 1e9 + 90,
+            "engine": 0,
+            "state": "serving",
+            "version": 9,
+            "lag": 0,
+            "restarts": 1,
+            "node": "a",
+            "why": "",
+        },
+        {
+            "time": 1e9 - 50,
+            "engine": 1,
+            "state": "serving",
+            "version": 1,
+            "lag": 0,
+            "restarts": 0,
+            "node": "b",
+            "why": "",
+        },
+    ]
+    (folder / "events.jsonl").write_text(lines(events))
+    page = page_of(folder)
+    assert "learner" in page.text and "engine 0" in page.text and "engine 1" in page.text
+    assert any("restarting at version 1" in text for text in page.text)
+
+
+def test_groups_left_out_for_their_lag_are_counted_by_reason(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [metrics(step) | {"groups_dropped": {"stale: its oldest token lags 5 versions": 2}} for step in range(3)]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    assert "group stale: its oldest token lags 5 versions 6" in page_of(folder).words

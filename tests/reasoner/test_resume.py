@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory, cache):
 
 def metrics(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in found]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "time"))} for row in found]
 
 
 def digest(run: Path) -> str:
