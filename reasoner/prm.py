@@ -13,7 +13,9 @@ Shapes: B paths, L tokens (padded on the right), V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from reasoner.credit import Decode, lowest_so_far
+from reasoner.credit import Decode
 from reasoner.model import load, save
 from reasoner.step_labels import Row, judged_at
 from rollouts.base import Group
@@ -129,19 +131,22 @@ def train(
     steps: int = 800,
     batch: int = 24,
     lr: float = 1e-3,
+    deeper: int = 2,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Prm:
     """A generative process reward model from labelled rows, starting from the checkpoint `base`.
 
     Each step's label is drawn: + with the step's value as its probability, so that the expected loss is that of the
-    soft label. A step after the first wrong one is as wrong.
+    soft label. A step behind the first wrong one has no label: what is built on an error is neither right nor wrong.
+    deeper: layers put on top (`deepened`).
     """
     from transformers import AutoTokenizer
 
     from reasoner.learner import supervise
 
-    model, tokenizer = load(base, torch.float32), AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(seed)
+    model, tokenizer = deepened(load(base, torch.float32), deeper), AutoTokenizer.from_pretrained(base)
     plus, minus = signs(tokenizer)
     noise = torch.Generator().manual_seed(seed)
     inputs, targets = [], []
@@ -149,15 +154,44 @@ def train(
     for ids, ends, values in sorted(distinct):
         ids = [*ids[: ends[-1]], plus]  # what stands behind the last step is never read
         mask, said = [False] * len(ids), [plus] * len(ids)
-        for end, value in zip(ends, lowest_so_far(values), strict=True):
+        for end, value in zip(ends, values, strict=True):
             mask[end] = True
             said[end] = plus if torch.rand((), generator=noise) < value else minus
+            if value < 0.5:
+                break
         inputs.append((ids, mask))
         targets.append(said)
     with tempfile.TemporaryDirectory() as scratch:
         options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch)}
         supervise(model, tokenizer, inputs, targets=targets, progress=progress, **options)
     return Prm(model.eval(), tokenizer, Settings(delimiter=rows[0]["delimiter"]))
+
+
+@torch.no_grad()
+def deepened(model: Any, extra: int) -> Any:
+    """The model with `extra` layers on top that change nothing yet; without MTP modules, which stood there.
+
+    A judge compares what the model expected with what was written. What it expected is known above its last layer
+    only: one layer more can hold it against the token that came, a second one carries the finding to the step's end.
+    """
+    if not extra:
+        return model
+    config = copy.deepcopy(model.config)
+    first, config.num_hidden_layers = config.num_hidden_layers, config.num_hidden_layers + extra
+    if hasattr(config, "num_mtp_layers"):
+        config.num_mtp_layers = 0
+    deep = type(model)(config).to(model.dtype)
+    below = {name: tensor for name, tensor in model.state_dict().items() if _layer(name) < first}
+    deep.load_state_dict(below, strict=False)
+    for name, tensor in deep.state_dict().items():
+        if _layer(name) >= first and ("o_proj" in name or "down_proj" in name):
+            tensor.zero_()  # what they add to the residual stream
+    return deep
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 _loaded = lru_cache(maxsize=1)(Prm.load)

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=800)
     sub.add_argument("--batch", type=int, default=24, help="paths per step")
     sub.add_argument("--lr", type=float, default=1e-3)
+    sub.add_argument("--deeper", type=int, default=2, help="layers put on top of the base (default: 2)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, required=True)
 
@@ -141,7 +142,7 @@ def _train(args: argparse.Namespace) -> None:
     if not (args.base / "config.json").is_file():
         raise ConfigError(f"--base {args.base} has no config.json: give the folder of a checkpoint")
     with Screen().bar("process reward model", args.steps) as tell:
-        options = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
+        options = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "deeper": args.deeper, "seed": args.seed}
         prm = train(rows, args.base, progress=lambda step, loss: tell(step, f"loss {loss:.3f}"), **options)
     prm.save(args.out)
     print(f"written: {args.out}")

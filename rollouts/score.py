@@ -106,7 +106,10 @@ class SelfJudgement:
 
 @dataclass(frozen=True)
 class ProcessModel:
-    """A trained process reward model: its + or - behind the path, one token (`reasoner prm train`)."""
+    """A trained process reward model: its + or - behind the path, one token (`reasoner prm train`).
+
+    A path is worth no more than what it grew from was.
+    """
 
     checkpoint: str
     top: int = 20
@@ -117,7 +120,17 @@ class ProcessModel:
         SelfJudgement(top=self.top).check(engine)
 
     def open(self, question: Question, engine: Engine, pool: Pool) -> Score:
-        return SelfScore(engine, ask="", yes=self.yes, no=self.no, top=self.top, turn=False)
+        judge = SelfScore(engine, ask="", yes=self.yes, no=self.no, top=self.top, turn=False)
+        lowest: dict[tuple[int, ...], float] = {}  # an error is not mended by what follows
+
+        async def score(path: Trajectory) -> float:
+            value, ids = await judge(path), path.prompt
+            for step in path.steps:
+                value, ids = min(value, lowest.get(ids, 1.0)), ids + step.ids
+            lowest[path.ids] = value
+            return value
+
+        return score
 
 
 @dataclass(frozen=True)
