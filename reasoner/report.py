@@ -324,8 +324,13 @@ def _left_out(run: Run) -> str:
     groups = [row["groups_dropped"] for row in run.metrics if isinstance(row.get("groups_dropped"), Mapping)]
     for drops in (*told, *({f"group {why}": n for why, n in each.items()} for each in groups)):
         reasons.update({str(why): int(number(count) or 0) for why, count in drops.items()})
+    in_rounds = False
+    for key, words in (("lost", "path not trained on"), ("lost_hinted", "path with a hint not trained on")):
+        for lost in (row[key] for row in run.metrics if isinstance(row.get(key), Mapping)):
+            in_rounds = True
+            reasons.update({f"{words}: {why}": int(number(count) or 0) for why, count in lost.items()})
     agreeing = sum(value for _, value in _series(run, "groups_agreeing"))
-    if agreeing:
+    if agreeing and not in_rounds:
         reasons["group not learned from: all its scores agree"] = int(agreeing)
     for side in ("base", "final"):
         if unjudged := number(_at(run.summary, side, "not_judged")):

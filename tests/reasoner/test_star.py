@@ -248,6 +248,12 @@ def test_what_is_trained_on_has_no_hint_in_it_though_the_journal_does(run):
     assert rows and all(tuple(row["prompt"]) in prompts for row in rows)
 
 
+def test_the_report_tells_why_paths_were_not_trained_on(run):
+    page = (run / "report.html").read_text()
+    assert "path not trained on: wrong" in page and "path with a hint not trained on: wrong" in page
+    assert "Held-out accuracy after each round" in page and "its scores agree" not in page
+
+
 def test_the_verifier_of_v_star_is_a_checkpoint_and_its_choice_is_measured(run):
     summary = json.loads((run / "summary.json").read_text())
     assert (run / "verifier" / "model.safetensors").is_file()
