@@ -210,9 +210,10 @@ def _task(task: Row) -> str:
 def _method(m: Row) -> str:
     tone, word = ("good", "✓") if m["right"] == 1 else ("bad", "✗") if m["right"] == 0 else ("unclear", "–")
     answer = "no answer" if m["answer"] is None else f"{m['answer']}"
+    paths = "1 path" if len(m["returned"]) == 1 else f"{len(m['returned'])} paths"
     return (
         f'<details class="tree"><summary><b class="{tone}">{word}</b> <b>{escape(m["name"])}</b> {escape(answer)} '
-        f"<span>{_count(m['tokens'])} tokens, {len(m['returned'])} paths</span></summary>"
+        f"<span>{_count(m['tokens'])} tokens, {paths}</span></summary>"
         f'<p class="why">{escape(why(m))}</p>{_returned(m)}{_nodes(m)}</details>'
     )
 
@@ -236,7 +237,7 @@ def why(m: Row) -> str:
         said = f"{first} has the most mass, {mass:.3g}"
         others = ", ".join(f"{a} {p:.3g}" for a, p in rest[:4])
     sentence = f"{said}{f'; then {others}' if others else ''}."
-    sentence += " Proven by the paths drawn." if m["certified"] else ""
+    sentence += " The paths drawn prove that no answer has more mass." if m["certified"] else ""
     return sentence + (f" {m['caveat']}." if m["caveat"] else "")
 
 
