@@ -181,6 +181,39 @@ def test_a_step_search_on_a_model_that_writes_no_steps_is_named_after_the_first_
     require_steps(Sample(), "\n", groups("Answer: 7"))
 
 
+def test_a_score_with_a_model_of_its_own_is_read_from_its_own_engine(pools):
+    served = []
+
+    class Trained:
+        checkpoint = "prm"
+
+        def open(self, question, engine, pool):
+            served.append(engine)
+            return compare_score().open(question, engine, pool)
+
+    made = stage(pools, ["Answer: 7"])
+    own = replace(made.engine, logprob=-0.5)
+    asyncio.run(compare._search(replace(made, scorers={"prm": own}), Method("m", BestOf(n=2), Trained()), [task(4)]))
+    asyncio.run(compare._search(made, Method("m", BestOf(n=2), compare_score()), [task(4)]))
+    assert served == [own]
+
+
+def test_a_scores_own_model_must_read_the_same_tokens(tmp_path):
+    from reasoner.engine import scoring_engine
+    from reasoner.model import char_tokenizer
+    from rollouts.score import ProcessModel
+
+    run, tokenizer = load_comparison(CONFIG).run(), char_tokenizer("0123")
+    with pytest.raises(ConfigError, match="nowhere.*config.json"):
+        with scoring_engine(run, ProcessModel("nowhere"), None, tokenizer, "local"):
+            pass
+    char_tokenizer("abc").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(ConfigError, match="another vocabulary.*reasoner prm train"):
+        with scoring_engine(run, ProcessModel(str(tmp_path)), None, tokenizer, "local"):
+            pass
+
+
 def result(pools, name, search, replies, estimator="", tasks=(4, 5), grown=True) -> Result:
     async def run():
         made = Method(name, search, compare_score(), estimator, grow=grown)
