@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-learning bench-model bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-model bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -33,6 +33,12 @@ bench-quickstart: setup    ## three seeds and the control
 
 bench-verifiers: setup
 	$(BIN)/python -m benchmarks.verifiers
+
+bench-train: setup         ## against TRL's own trainer, and rollouts ahead of the learner; FULL=1 for more rounds
+	$(BIN)/python -m benchmarks.train $(if $(FULL),--full)
+
+bench-week: setup          ## 10,000 steps around a scripted engine: what grows, and what a step costs the driver
+	$(BIN)/python -m benchmarks.week
 
 bench-search: setup
 	$(BIN)/python -m benchmarks.search

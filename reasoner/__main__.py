@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.call(args) or 0
     except KeyboardInterrupt:
-        print("reasoner: stopped; what the run has written so far is whole", file=sys.stderr)
+        again = "; go on with `reasoner train --resume RUN`" if args.call is _train else ""
+        print(f"reasoner: stopped; what the run has written so far is whole{again}", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug or not _mendable(error):
