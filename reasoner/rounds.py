@@ -48,7 +48,8 @@ class Harvest:
     problems: dict[str, list[Row]]  # by task id
     dropped: Counter[str]
     dropped_hinted: Counter[str]
-    threshold: float | None  # nats per token that a rationalisation had to reach
+    threshold: float | None = None  # nats per token that a rationalisation had to reach
+    worth: float | None = None  # nats per token by which the hint made those that are right likelier
 
 
 def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], start: Position, tell: Any) -> dict[str, Any]:
@@ -151,22 +152,22 @@ def gather(stage: Stage, tasks: Sequence[Task], number: int) -> Harvest:
     problems = {group.task.id: rows for group, rows in zip(groups, kept, strict=True) if rows}
     failed = [group.task for group in groups if group.task.id not in problems]
     if not (star.rationalise and failed):
-        return Harvest(groups, [], problems, dropped, Counter(), None)
+        return Harvest(groups, [], problems, dropped, Counter())
     helped = star.helped(failed)
     answers = draw(stage, helped, seed=derive(run.seed, "hinted", number), search=Sample(star.rationalise))
     threshold = quantile(_nats_per_token(stage, [r for g in groups for r in g.rollouts]), star.plausible)
-    candidates, improbable = _plausible(stage, failed, answers, threshold)
+    candidates, improbable, worth = _plausible(stage, failed, answers, threshold)
     rows, dropped_hinted = sift(candidates, star.keep, star.hint)
     problems |= {task.id: each for task, each in zip(failed, rows, strict=True) if each}
     dropped_hinted["improbable without the hint"] += improbable
-    return Harvest(groups, answers, problems, dropped, +dropped_hinted, threshold)
+    return Harvest(groups, answers, problems, dropped, +dropped_hinted, threshold, worth)
 
 
 def _plausible(
     stage: Stage, tasks: Sequence[Task], groups: Sequence[Group], threshold: float | None
-) -> tuple[list[Group], int]:
-    """The groups with the plain questions, without right paths that the model would not say by itself; and how many
-    those are."""
+) -> tuple[list[Group], int, float | None]:
+    """The groups with the plain questions, without right paths that the model would not say by itself; how many those
+    are; and what the hint was worth: the mean log p(path | with hint) - log p(path | without), per token."""
     plain = []
     for task, group in zip(tasks, groups, strict=True):
         prompt = encode(stage.tokenizer, task)
@@ -174,11 +175,12 @@ def _plausible(
         plain.append(Group(task, tuple(changed)))
     right = [r for group in plain for r in group.rollouts if reason_to_drop(r, stage.run.learner.hint) is None]
     if threshold is None or not right:
-        return plain, 0
+        return plain, 0, None
     values = _nats_per_token(stage, right)
+    helped = [r.trajectory.logprob / r.trajectory.sampled_tokens for r in right]  # as it was sampled
     poor = {id(r) for r, value in zip(right, values, strict=True) if value < threshold}
     sound = [Group(g.task, tuple(r for r in g.rollouts if id(r) not in poor)) for g in plain]
-    return sound, len(poor)
+    return sound, len(poor), fmean(helped) - fmean(values)
 
 
 def _nats_per_token(stage: Stage, rollouts: Sequence[Rollout]) -> list[float]:
@@ -252,6 +254,7 @@ def report(harvest: Harvest, solved: set[str]) -> dict[str, Any]:
         "lost": dict(harvest.dropped),
         "lost_hinted": dict(harvest.dropped_hinted),
         "threshold": harvest.threshold,
+        "hint_worth": harvest.worth,
     }
 
 

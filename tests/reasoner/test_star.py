@@ -91,9 +91,10 @@ def test_a_rationalisation_that_the_model_would_not_say_by_itself_is_dropped_and
     with torch.no_grad():
         laws = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     alone = laws[torch.arange(len(ids)), torch.tensor(ids)].mean().item()  # per token, without the hint
-    kept_groups, lost = _plausible(stage, [TASK], helped, alone - 0.01)
+    kept_groups, lost, worth = _plausible(stage, [TASK], helped, alone - 0.01)
+    assert worth == pytest.approx(-alone, abs=1e-4)
     assert lost == 0 and kept_groups[0].rollouts[0].trajectory.prompt == prompt
-    kept_groups, lost = _plausible(stage, [TASK], helped, alone + 0.01)
+    kept_groups, lost, _ = _plausible(stage, [TASK], helped, alone + 0.01)
     assert lost == 1 and kept_groups[0].rollouts == ()
 
 
