@@ -8,6 +8,7 @@ Neighbours: `evaluate` reads judged paths, `search.marginal` and `search.metrics
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ from verifiers.base import Task
 Row = dict[str, Any]
 SHOWN = 6  # tasks whose trees are kept for the page
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sample sizes of a curve
+
+SUBSETS = 50  # of a task's paths, where an expectation over them has no closed form
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Result:
     def at(self, k: int, tasks: Sequence[str]) -> dict[str, AtK]:
         """Expected accuracy of k of the independent paths, by task."""
         readings = [self.readings[task] for task in tasks]
-        return {r.task: r.at(min(k, len(r.paths)), _usable(self.estimator, r.paths)) for r in readings}
+        return {r.task: r.at(min(k, len(r.paths)), _usable(self.estimator, r.paths), SUBSETS) for r in readings}
 
     def within(self, tokens: float, tasks: Sequence[str]) -> tuple[dict[str, float], float]:
         """By task, the accuracy at about so many tokens, and how many they are: all, where paths hang together."""
@@ -346,13 +349,14 @@ def trees(results: Sequence[Result]) -> list[Row]:
     for name in chosen:
         task = by_task[0][name].group.task
         shown = [_tree(result, found[name]) for result, found in zip(results, by_task, strict=True)]
-        rows.append({"task": name, "question": task.question, "reference": task.reference, "methods": shown})
+        reference = task.reference if isinstance(task.reference, str) else json.dumps(task.reference, default=str)
+        rows.append({"task": name, "question": task.question, "reference": reference, "methods": shown})
     return rows
 
 
 def _tree(result: Result, searched: Searched) -> Row:
     reading = result.readings[searched.group.task.id]
-    found = reading.estimate(_usable(result.estimator, reading.paths))
+    found = reading.estimate(_usable(result.estimator, reading.paths), searched.tree.sampling)
     returned = [
         {
             "path": key(r.trajectory),

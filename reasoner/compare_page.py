@@ -118,7 +118,7 @@ def _curves(summary: Row) -> str:
         '<section><h2>Accuracy against tokens</h2><figure class="curves">'
         f"<figcaption>{legend}</figcaption>{svg(340, 'accuracy against generated tokens per task', shapes, words)}"
         '</figure><p class="note">Generated tokens per task, logarithmic; 95% bands over tasks. Lines: means over '
-        "all subsets of independent paths, in closed form for votes and best-of-n, over 200 subsets a task otherwise. "
+        "all subsets of independent paths, in closed form for votes and best-of-n, over 50 subsets a task otherwise. "
         "Points: searches whose paths hang together, at the size that was run.</p></section>"
     )
 
@@ -202,7 +202,7 @@ def _trees(trees: Sequence[Row]) -> str:
 
 
 def _task(task: Row) -> str:
-    facts = (("question", task["question"]), ("reference", _plain(task["reference"])))
+    facts = (("question", task["question"]), ("reference", task["reference"]))
     heads = "".join(f'<div class="message"><span>{k}</span><pre>{escape(v)}</pre></div>' for k, v in facts)
     return f"<article>{heads}{''.join(_method(m) for m in task['methods'])}</article>"
 
@@ -294,10 +294,6 @@ def _node(node: Row, depth: int, wins: bool, verdict: Row | None) -> str:
         f'<div class="node{" wins" if wins else ""}{"" if node["sampled"] else " written"}" title="{label}" '
         f'style="--d:{min(depth, 24)}"><pre>{escape(text)}</pre>{chips}</div>'
     )
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 STYLE = """

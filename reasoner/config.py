@@ -542,6 +542,8 @@ def _check_comparison(comparison: Comparison) -> None:
             raise ConfigError(f"methods: the name {method.name!r} names a file: use letters, digits, - and _")
         score = method.score or comparison.score
         sampling = at_temperature(comparison.sampling, method)
+        if not 0 <= sampling.temperature <= 2:
+            raise ConfigError(f"{where}.temperature = {sampling.temperature} must lie in 0 (greedy) to 2")
         try:
             refuse_key(score)
             marginal.require(method.estimator or search.method, search, offers)

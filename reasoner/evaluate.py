@@ -15,7 +15,7 @@ from reasoner.config import ConfigError, Evaluation
 from rollouts.base import Group
 from rollouts.episode import Episode
 from rollouts.roll_out import roll_out
-from search.base import Engine, Search, Trajectory, derive
+from search.base import Engine, Sampling, Search, Trajectory, derive
 from search.marginal import AtK, Estimate, at_k, estimate
 from search.metrics import Interval, interval, pass_at_k
 from search.sample import Sample
@@ -122,14 +122,15 @@ class Reading:
     correct: list[bool]
     same: Mapping[tuple[str, str], bool]
 
-    def at(self, k: int, method: str) -> AtK:
+    def at(self, k: int, method: str, subsets: int = 200) -> AtK:
         """Expected accuracy of the estimator's answer over k of the paths, drawn alike."""
-        # 200 subsets a task: their sampling error, averaged over the tasks, is far below that of the tasks themselves.
-        settings = {"method": method, "seed": derive(self.task), "subsets": 200}
+        # The sampling error of 200 subsets a task, averaged over the tasks, is far below that of the tasks themselves.
+        settings = {"method": method, "seed": derive(self.task), "subsets": subsets}
         return at_k(self.paths, self.correct, k, equal=self.equal, answer=self.answers, **settings)
 
-    def estimate(self, method: str) -> Estimate:
-        return estimate(self.paths, equal=self.equal, answer=self.answers, method=method)
+    def estimate(self, method: str, sampling: Sampling | None = None) -> Estimate:
+        """sampling: how the paths were drawn, so that the marginal of a tempered model is called one."""
+        return estimate(self.paths, equal=self.equal, answer=self.answers, method=method, sampling=sampling)
 
     def equal(self, left: str, right: str) -> bool:
         return self.same[left, right]

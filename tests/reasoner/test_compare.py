@@ -77,6 +77,7 @@ def method(text: str) -> str:
         (method('search = {kind = "sample"}\nestimator = "rao_blackwell"'), "", ["methods.m", "search.top"]),
         (method('search = {kind = "sample"}\nestimator = "gumbel"'), "", ["methods.m", "gumbel"]),
         (METHODS + method("") + method(""), "", ["two are called 'm'"]),
+        (method("temperature = 3.0"), "", ["methods.m.temperature = 3.0"]),
         (METHODS, "sizing=0", ["sizing = 0", "at least 1"]),
         (method('search = {kind = "baem"}'), "", ["did you mean 'beam'?"]),
         ('[[methods]]\nname = "a/b"\n', "", ["a/b"]),
