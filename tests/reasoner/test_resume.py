@@ -230,3 +230,28 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, cache, undisturbed
 def test_kept_checkpoints_do_not_pile_up(undisturbed):
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-4", "step-6"]
     assert os.readlink(undisturbed / "checkpoint") == "checkpoints/step-6"
+
+
+@pytest.mark.slow
+def test_on_vllm_too_a_resumed_run_equals_one_never_stopped(tmp_path, cache):
+    """Ray and vLLM as in the quickstart: a new engine, brought to the policy of the checkpoint."""
+    more = ("--engine.kind=vllm", "--engine.kv_cache_gib=0.1", "--engine.max_num_seqs=64")
+    whole = begin(tmp_path / "whole", cache, *more)
+    stopped = begin(tmp_path / "stopped", cache, *more, screen=Interrupted("training 3/6"))
+    assert go_on(stopped) == 0
+    assert same(stopped, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_lag", [1, 4])
+def test_rollouts_ahead_survive_kills_with_no_task_lost_or_learned_twice(tmp_path, cache, max_lag):
+    run = kill_and_resume(tmp_path, cache, kills=6, seed=3, more=(f"--max_lag={max_lag}", "--steps=12"))
+    records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    groups = [r["ticket"] for r in records if "task" in r]
+    taken = [ticket for r in records if "take" in r for ticket in r["tickets"]]
+    dropped = [int(ticket) for r in records if "take" in r for ticket in r["dropped"]]
+    assert len(groups) == len(set(groups)) and set(taken) <= set(groups)
+    assert sorted(taken + dropped) == list(range(48 + len(dropped)))
+    assert [r["take"] for r in records if "take" in r] == list(range(12))
+    assert [row["step"] for row in metrics(run)] == list(range(12))
+    assert max(row["lag_max"] for row in metrics(run)) <= max_lag
