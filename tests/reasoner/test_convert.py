@@ -76,11 +76,11 @@ def largest(one, other):
     return (laws[0] - laws[1]).abs().max().item()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "mistral"])
-def test_model_with_one_key_head_and_a_wide_latent_converts_exactly(family, tmp_path):
+@pytest.mark.parametrize(("family", "latent"), [("llama", 64), ("llama, tied", 96), ("mistral", 64)])
+def test_model_with_one_key_head_and_a_wide_latent_converts_exactly(family, latent, tmp_path):
     original = write(tmp_path / "dense", family)
     rope = original.model.layers[0].self_attn.head_dim
-    model, _, report = converted(tmp_path / "dense", rope=rope)
+    model, _, report = converted(tmp_path / "dense", rope=rope, latent=latent)
     assert largest(original, model) < 1e-3
     assert report["attention"]["kl"] < 1e-5 and report["experts"]["kl"] < 1e-5
 
@@ -243,6 +243,14 @@ def test_command_writes_a_whole_checkpoint_and_its_report(tmp_path, capsys):
     assert "serving: kv_lora_rank=64" in capsys.readouterr().out
     load(tmp_path / "ours")
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--kv-lora-rank=0", "--rope-dim=-2", "--rope-dim=15", "--tokens=0"])
+def test_option_out_of_range_is_named_and_leaves_no_folder(option, tmp_path, capsys):
+    write(tmp_path / "dense")
+    assert main(["convert", "--from", str(tmp_path / "dense"), "--to", str(tmp_path / "ours"), option]) == 2
+    assert option.split("=")[1] in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
 
 
 def test_failed_conversion_leaves_no_folder(tmp_path, capsys):
