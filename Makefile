@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-model bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -45,6 +45,9 @@ bench-search: setup
 
 bench-learning: setup      ## FULL=1 for three seeds
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.learning $(if $(FULL),--full)
+
+bench-prm: setup          ## after `make quickstart`
+	$(BIN)/python -m benchmarks.prm runs/quickstart
 
 bench-model: setup
 	$(BIN)/python -m benchmarks.model
