@@ -94,8 +94,6 @@ def same(run: Path, undisturbed: Path) -> bool:
 )
 def test_a_run_stopped_anywhere_and_resumed_equals_one_never_stopped(tmp_path, cache, undisturbed, words):
     run = begin(tmp_path, cache, screen=Interrupted(words))
-    if not run.exists():
-        return  # nothing had begun
     assert not (run / "summary.json").exists()
     assert go_on(run) == 0
     assert same(run, undisturbed)
@@ -119,12 +117,12 @@ def test_a_checkpoint_that_does_not_load_has_one_before_it(tmp_path, cache, undi
     assert same(run, undisturbed)
 
 
-@pytest.mark.parametrize("damage", ["torn", "garbage", "zeros"])
+@pytest.mark.parametrize("damage", ["torn", "garbage"])
 def test_a_damaged_end_of_the_journal_is_cut_and_said(tmp_path, cache, undisturbed, damage, capfd):
     run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
     journal = run / "journal.jsonl"
     whole = journal.read_bytes()
-    journal.write_bytes({"torn": whole[:-40], "garbage": whole[:-40] + b"\n{x\n", "zeros": whole + bytes(64)}[damage])
+    journal.write_bytes({"torn": whole[:-40], "garbage": whole[:-40] + b"\n{x\n"}[damage])
     assert go_on(run) == 0
     assert "cut after its last whole record" in capfd.readouterr().err
     assert same(run, undisturbed)
@@ -216,6 +214,7 @@ def kill_and_resume(tmp_path: Path, cache: Path, *, kills: int, seed: int, more:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_a_run_that_can_be_resumed(tmp_path, cache, undisturbed):
     run = kill_and_resume(tmp_path, cache, kills=1, seed=1)
     assert same(run, undisturbed)
