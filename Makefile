@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -51,6 +51,9 @@ bench-prm: setup          ## after `make quickstart`
 
 bench-model: setup
 	$(BIN)/python -m benchmarks.model
+
+bench-convert: setup       ## 13 minutes on two quiet cores
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.convert
 
 bench-gpu:                 ## needs torch, transformers and nvcc alone
 	$(PYTHON) -m benchmarks.gpu
