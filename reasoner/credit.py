@@ -11,9 +11,10 @@ import math
 import random
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol
 
 from rollouts.base import Group, Rollout
@@ -23,6 +24,7 @@ from verifiers import get
 from verifiers.base import Verdict
 
 Decode = Callable[[Sequence[int]], str]
+WITHOUT_STEPS = frozenset({"math", "code", "arc", "reasoning_gym"})  # verifiers that give no step scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,16 @@ class Process:
     delimiter: str = "\n"  # ends a step: the verifier's
     prm: str = ""  # folder of a process reward model (`reasoner prm train`); "": the verifier's own step scores
     decode: Decode | None = None  # bound by `assign`
+
+    def check(self, verifiers: Collection[str]) -> None:
+        """Raise ValueError when these judges of the tasks, or the model, will give no step scores."""
+        if self.prm and not (Path(self.prm) / "prm.json").is_file():
+            raise ValueError(f"credit.prm = {self.prm!r} has no prm.json: give a folder that `reasoner prm` wrote")
+        if not self.prm and (blind := sorted(WITHOUT_STEPS.intersection(verifiers))):
+            raise ValueError(
+                f"credit.kind = 'process' needs step scores and verifier {blind[0]} gives none: use tasks.verifier = "
+                "'process_math', or credit.prm = a process reward model"
+            )
 
     def __call__(self, group: Group) -> list[Sample]:
         judged, scores = _judged(group)

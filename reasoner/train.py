@@ -23,7 +23,7 @@ from reasoner import checkpoints
 from reasoner.checkpoints import Position
 from reasoner.config import ConfigError, Run, to_dict
 from reasoner.contrast import until_contrast
-from reasoner.credit import assign
+from reasoner.credit import Process, assign
 from reasoner.curriculum import Pools
 from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import evaluate, require_steps, table
@@ -83,6 +83,8 @@ def load_tasks(run: Run) -> tuple[list[Task], list[Task]]:
             f"evaluate.tasks = {run.evaluate.tasks} exceeds the {len(heldout)} held-out tasks: lower it or add some"
         )
     run.base.check(train_tasks)
+    if isinstance(run.credit, Process):
+        run.credit.check(names)
     if isinstance(run.learner, Star):
         run.learner.helped(train_tasks)
     for task in train_tasks if run.curriculum else ():
