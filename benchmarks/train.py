@@ -77,7 +77,8 @@ class Copies:
         found = []
         for step, seconds, weights in self.kept:
             self.model.load_state_dict(weights)
-            found.append({"step": step, "seconds": seconds, **evaluate(self.model)})
+            last = step == self.kept[-1][0]
+            found.append({"step": step, "seconds": seconds, **evaluate(self.model, sampled=last)})
         return found
 
 
@@ -183,24 +184,27 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _evaluation(run: Any, tokenizer: Any, heldout: list, pool: Any, loop: Any) -> Any:
-    """Weights to held-out accuracies: greedy, and of eight samples a task."""
+    """Weights to held-out accuracies: greedy, and if asked for the mean of eight samples a task."""
     from reasoner.evaluate import greedily
     from rollouts.local_engine import LocalEngine
     from rollouts.roll_out import roll_out
     from search.sample import Sample
 
-    def evaluate(model: Any) -> dict[str, float]:
+    def evaluate(model: Any, *, sampled: bool) -> dict[str, float]:
         if not heldout or run.steps < COPIES:
             return {}
         engine = LocalEngine(model, tokenizer, run.sampling)
-        greedy = loop.run(greedily(heldout, engine, pool, tokenizer, seed=run.seed))
-        sampled = loop.run(roll_out(heldout, Sample(8), engine, pool, tokenizer, seed=run.seed))
-        return {
-            "greedy": statistics.fmean(float(g.scored[0].verdict.correct) for g in greedy if g.scored),
-            "mean": statistics.fmean(float(r.verdict.correct) for g in sampled for r in g.scored),
-        }
+        groups = loop.run(greedily(heldout, engine, pool, tokenizer, seed=run.seed))
+        found = {"greedy": _accuracy(groups)}
+        if sampled:
+            found["mean"] = _accuracy(loop.run(roll_out(heldout, Sample(8), engine, pool, tokenizer, seed=run.seed)))
+        return found
 
     return evaluate
+
+
+def _accuracy(groups: list) -> float:
+    return statistics.fmean(float(r.verdict.correct) for group in groups for r in group.scored)
 
 
 def _result(copies: Copies, curve: list, tokens: int) -> dict[str, Any]:

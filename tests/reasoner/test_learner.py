@@ -8,7 +8,7 @@ import torch
 
 from reasoner.config import Learner
 from reasoner.credit import Sample
-from reasoner.learner import collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
+from reasoner.learner import _by_length, collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
 
 TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
@@ -94,6 +94,38 @@ def test_the_importance_correction_is_on(tmp_path):
         norms[shift] = heard["grad_norm"]
         assert heard["mismatch"] == pytest.approx(abs(shift), abs=1e-4)
     assert norms[-0.7] / norms[0.0] == pytest.approx(0.4966, rel=1e-3)  # e^-0.7
+
+
+def test_without_correction_the_samplers_log_probabilities_do_not_matter(tmp_path):
+    norms = []
+    for shift in (0.0, -0.7):
+        policy = model()
+        batch = [sample("7", 0.5, policy, shift=shift), sample("9", -0.5, policy, shift=shift)]
+        (heard,) = run(policy, [batch], tmp_path / str(shift), max_grad_norm=1e9, importance="none")
+        norms.append(heard["grad_norm"])
+        assert heard["mismatch"] == pytest.approx(abs(shift), abs=1e-4)
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_reads_its_batch_once(tmp_path, micro_batches):
+    policy, seen = model(), []
+    policy.base_model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(len(options["input_ids"])), with_kwargs=True
+    )
+    batch = [sample("7", 0.5, model()), sample("9", -0.5, model())] * 2
+    run(policy, [batch], tmp_path, micro_batches=micro_batches)
+    assert sum(seen) == len(batch)
+
+
+def test_rows_read_by_their_lengths_come_back_in_their_order(tmp_path):
+    policy = model().eval()
+    samples = [sample("7" * (1 + i * 7 % 23), 0.0, policy) for i in range(70)]
+    batch = collate(samples, 0)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logps, _ = _by_length(policy, ids, mask, None, kept=batch["completion_ids"].shape[1])
+    assert torch.allclose(logps, batch["sampling_per_token_logps"], atol=1e-5)
 
 
 def test_advantages_act_per_token(tmp_path):
