@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from search.base import Engine, Score, Trajectory, granularity, require, sane
+from search.base import Engine, Score, Trajectory, again, granularity, require, sane
 from search.tree import best, spread, together
 
 
@@ -25,6 +25,7 @@ class Node:
     visits: int = 0
     total: float = 0.0
     flying: int = 0
+    drawn: int = 0  # times that children were drawn
 
     def line(self) -> Iterator[Node]:
         node: Node | None = self
@@ -52,6 +53,8 @@ class Mcts:
     virtual loss and backed up in that order, so that a tree does not depend on which finishes first.
     expand: "sample" (children are equally likely a priori: they were drawn from the policy) or "top" (prior p).
     finish: when fewer paths ended than that, the best open leaves are completed.
+    widen: draw further children of a node whenever they were drawn fewer than visits ** widen times (progressive
+    widening, Coulom 2007): a node whose few children all answered at once is no dead end then. 0: draw them once.
     """
 
     simulations: int = 32
@@ -63,12 +66,18 @@ class Mcts:
     until: str | int = "step"
     expand: str = "sample"
     finish: int = 4
+    widen: float = 0.0
     method: ClassVar[str] = "best"
     size: ClassVar[str] = "simulations"
 
     def __post_init__(self) -> None:
         choices = {"policy": ("puct", "uct"), "value": ("score", "rollout"), "expand": ("sample", "top")}
         sane(self, positive=("simulations", "branch", "c", "lanes", "finish"), **choices)
+        if not 0 <= self.widen < 1 or (self.widen and self.expand == "top"):
+            raise ValueError(
+                f"Mcts: widen={self.widen} with expand={self.expand!r}: give 0 to below 1, and 0 for 'top', which "
+                "lists the same tokens each time"
+            )
 
     @property
     def responses(self) -> int:
@@ -89,18 +98,17 @@ class Mcts:
             return value
 
         judge = rollout if self.value == "rollout" else score
-        left = self.simulations
+        left, until = self.simulations, granularity(self.until)
         while left > 0:
             wave = self._select(top, min(self.lanes, left))
             left -= max(1, len(wave))
             fresh = [node for node in wave if node.path.end is None]
             grown = await spread(
-                [n.path for n in fresh], self.branch, engine, judge, granularity(self.until), self.expand
+                [again(n.path, n.drawn) for n in fresh], self.branch, engine, judge, until, self.expand
             )
-            for node, kids in zip(fresh, grown, strict=True):
-                self._attach(node, kids)
+            found = {id(node): self._attach(node, kids) for node, kids in zip(fresh, grown, strict=True)}
             for node in wave:
-                self._back_up(node)
+                self._back_up(node, found.get(id(node), node.path.value or 0.0))
             if fresh and not any(grown):  # the budget is spent
                 break
         leaves = [node.path for node in _walk(top) if not node.children and node.path.steps]
@@ -114,7 +122,7 @@ class Mcts:
         wave: list[Node] = []
         for _ in range(lanes):
             node = top
-            while node.children:
+            while node.children and not self._narrow(node):
                 node = max(node.children, key=lambda child: child.bandit(self.c, self.policy == "puct"))
             if node in wave:
                 break
@@ -123,14 +131,24 @@ class Mcts:
                 above.flying += 1
         return wave
 
-    def _attach(self, node: Node, kids: list[Trajectory]) -> None:
-        prior = [math.exp(kid.steps[-1].logprobs[0]) if self.expand == "top" else 1 / len(kids) for kid in kids]
-        node.children = [Node(kid, node, p, visits=1, total=kid.value) for kid, p in zip(kids, prior, strict=True)]
+    def _narrow(self, node: Node) -> bool:
+        """Whether its children were drawn too seldom for its visits."""
+        return self.widen > 0 and node.path.end is None and node.drawn < (node.visits + node.flying) ** self.widen
+
+    def _attach(self, node: Node, kids: list[Trajectory]) -> float:
+        """Add the children that are new; returns the best value among those drawn."""
+        node.drawn += 1
+        known = {child.path.ids for child in node.children}
+        new = [kid for kid in kids if kid.ids not in known]
+        node.children += [Node(kid, node, visits=1, total=kid.value) for kid in new]
+        for child in node.children:
+            by_model = self.expand == "top"
+            child.prior = math.exp(child.path.steps[-1].logprobs[0]) if by_model else 1 / len(node.children)
+        return max((kid.value for kid in kids), default=node.path.value or 0.0)
 
     @staticmethod
-    def _back_up(node: Node) -> None:
-        """What a descent found: the value of the best new child, or again that of a leaf that ended."""
-        value = max((child.total for child in node.children), default=node.path.value or 0.0)
+    def _back_up(node: Node, value: float) -> None:
+        """What a descent found: the value of the best child drawn, or again that of a leaf that ended."""
         for above in node.line():
             above.flying -= 1
             above.visits += 1

@@ -356,3 +356,13 @@ def grown(run: Path) -> list:
 
 def test_the_same_seed_gives_the_same_trees(run, tmp_path):
     assert grown(searched(tmp_path)) == grown(run)  # log p may differ in rounding: batches depend on timing
+
+
+@pytest.mark.slow
+def test_searches_run_on_vllm_and_grow_the_trees_of_the_engine_in_process(run, tmp_path):
+    folders = [f"--out={tmp_path}/runs", f"--cache={run.parents[1]}/cache"]
+    vllm = ["--engine.kind=vllm", "--engine.kv_cache_gib=0.1"]
+    assert main(["search", str(written(tmp_path)), *SMALL, *folders, *vllm]) == 0
+    here, there = (json.loads((folder / "summary.json").read_text()) for folder in (run, tmp_path / "runs" / "search"))
+    sizes = [{name: m["size"] for name, m in summary["methods"].items()} for summary in (here, there)]
+    assert sizes[0] == sizes[1]

@@ -208,6 +208,15 @@ def test_mcts_rollouts_are_answers_too():
     assert len(paths) >= 4 and all(p.end == "stop" for p in paths)
 
 
+def test_mcts_that_widens_is_not_stuck_where_all_first_children_answered():
+    def distinct(widen):
+        return len(toy(Mcts(simulations=40, branch=1, until="end", finish=1, widen=widen), seed=3))
+
+    assert distinct(0.0) == 1 and distinct(0.7) > 4
+    with pytest.raises(ValueError, match="widen"):
+        Mcts(widen=0.5, expand="top")
+
+
 def test_mcts_lanes_take_different_leaves_under_virtual_loss():
     for lanes in (1, 8):
         paths = toy(Mcts(simulations=24, lanes=lanes), seed=4)
