@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,15 +31,26 @@ class NoCompiler(RuntimeError):
 
 
 def compiler(target: str) -> str:
-    """The path of nvcc, or of g++ for the emulator. Raises NoCompiler."""
+    """The path of nvcc, or of g++ for the emulator. Raises NoCompiler.
+
+    nvcc comes with a CUDA toolkit or as a wheel (`pip install nvidia-cuda-nvcc`, 50 MB), and wants g++ beside it.
+    """
     if target == EMULATOR:
-        names, places = ("g++", "c++"), ()
+        names, places, remedy = ("g++", "c++"), (), ""
     else:
-        names, places = ("nvcc",), ("/usr/local/cuda/bin/nvcc",)
+        names, places = ("nvcc",), ("/usr/local/cuda/bin/nvcc", *_wheels("nvcc"))
+        remedy = "; `pip install nvidia-cuda-nvcc` brings one"
     found = next(filter(None, map(shutil.which, (*names, *places))), None)
     if found is None:
-        raise NoCompiler(f"no {' or '.join(names)} on the PATH")
+        raise NoCompiler(f"no {' or '.join(names)} on the PATH{remedy}")
     return found
+
+
+def _wheels(program: str) -> list[str]:
+    """Where NVIDIA's wheels put a program."""
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = nvidia.submodule_search_locations if nvidia else ()
+    return [str(path) for root in roots or () for path in sorted(Path(root).glob(f"cu*/bin/{program}"), reverse=True)]
 
 
 def cache_folder() -> Path:

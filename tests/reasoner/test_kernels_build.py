@@ -92,6 +92,17 @@ def test_same_source_is_compiled_once_and_a_changed_one_again(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
+def test_compiler_of_a_wheel_is_found_without_a_toolkit(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh")
+    nvcc.chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: which(name) if str(tmp_path) in name else None)
+    assert build.compiler("sm_90a") == str(nvcc)
+
+
 def test_source_that_does_not_compile_gives_the_compilers_words(tmp_path):
     source = tmp_path / "bad.cu"
     source.write_text("int f() { return missing; }")
@@ -138,7 +149,7 @@ def test_machine_without_compiler_says_so_once_and_uses_the_reference(as_if_on_h
     monkeypatch.setattr(shutil, "which", lambda name: None)
     call_three_times()
     assert [r.message for r in as_if_on_hopper.records] == [
-        "head: no nvcc on the PATH; the PyTorch reference runs instead"
+        "head: no nvcc on the PATH; `pip install nvidia-cuda-nvcc` brings one; the PyTorch reference runs instead"
     ]
 
 
