@@ -179,6 +179,7 @@ def main() -> None:
     for _ in range(2):
         add_node(nodes)
     nodes.wait_for_nodes()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what runs is ended below
     runs = []
     try:
         for name in ("calm", "killed"):

@@ -234,7 +234,8 @@ class PolicyTrainer(GRPOTrainer):
         names["clip_ratio/region_mean"] = "clip_ratio"
         if "loss" in logs:
             found = {ours: float(logs[theirs]) for theirs, ours in names.items() if logs.get(theirs) is not None}
-            apart, tokens = (sum(each).item() for each in zip(*self._apart, strict=True))
+            own = torch.stack([sum(each).float() for each in zip(*self._apart, strict=True)])
+            apart, tokens = self.accelerator.reduce(own).tolist()  # of all workers
             self.step_metrics, self._apart = found | {"mismatch": apart / tokens}, []
 
     def finish(self) -> None:
@@ -244,12 +245,12 @@ class PolicyTrainer(GRPOTrainer):
 
     def _tensors(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The batch in the form of TRL's own generation, with advantages (B, T)."""
-        batch = collate(
-            samples, self._tokenizer.pad_token_id, multiple=self.args.steps_per_generation, config=self.model.config
-        )
+        gather, pieces = self.accelerator.gather, self.args.steps_per_generation
+        most = int(gather(torch.tensor([len(samples)], device=self.accelerator.device)).max())
+        rows = -(-most // pieces) * pieces  # the same for every worker: TRL's metrics expect it
+        batch = collate(samples, self._tokenizer.pad_token_id, rows=rows, config=self.model.config)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        tokens = self.accelerator.gather(batch["tool_mask"].sum()).sum()  # of all workers
-        return batch | {"num_items_in_batch": tokens}
+        return batch | {"num_items_in_batch": gather(batch["tool_mask"].sum()).sum()}
 
 
 def _whole(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -274,11 +275,12 @@ def _by_length(
     return torch.cat(logps)[back_B], torch.cat(entropies)[back_B]
 
 
-def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: Any = None) -> dict[str, Tensor]:
+def collate(samples: Sequence[Sample], pad: int, *, rows: int = 0, config: Any = None) -> dict[str, Tensor]:
     """Tensors of TRL's batch. The completion of a sample begins at its first sampled token.
 
-    Rows that fill the batch up to a multiple repeat the first one with nothing to learn from it. config: the model's,
-    to read the samples' experts with; they come as (B, P + T, layers, K).
+    Args:
+        rows: at least; those beyond the samples repeat the first one with nothing to learn from it.
+        config: the model's, to read the samples' experts with; they come as (B, P + T, layers, K).
     """
     starts = [s.loss_mask.index(True) for s in samples]
     cut = list(zip(samples, starts, strict=True))
@@ -303,7 +305,7 @@ def collate(samples: Sequence[Sample], pad: int, *, multiple: int = 1, config: A
     experts = recorded_experts([s.experts for s in samples], [widest - i for i in starts], width, config)
     if experts is not None:
         batch["experts"] = experts
-    if spare := -len(samples) % multiple:
+    if (spare := rows - len(samples)) > 0:
         batch = {name: torch.cat([t, t[:1].expand(spare, *t.shape[1:])]) for name, t in batch.items()}
         batch["tool_mask"][-spare:] = 0
         batch["advantages"][-spare:] = 0.0
@@ -514,6 +516,7 @@ def _common(seed: int, report_to: Sequence[str]) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),  # said outright: else processes on CPUs are not joined
     }
 
 

@@ -161,7 +161,7 @@ def test_collating_pads_prompts_left_and_completions_right():
         (1, 2, 5, 6, 7), (False, False, True, False, True), (0.0, 0.0, -1.0, 0.0, -2.0), (0.0, 0.0, 0.5, 0.0, 0.5)
     )
     second = Sample((3, 8), (False, True), (0.0, -3.0), (0.0, -0.5))
-    batch = collate([first, second, second], pad=0, multiple=2)
+    batch = collate([first, second, second], pad=0, rows=4)
     assert batch["prompt_ids"].tolist()[:2] == [[1, 2], [0, 3]] and batch["prompt_mask"].tolist()[:2] == [
         [1, 1],
         [0, 1],
