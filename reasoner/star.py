@@ -124,7 +124,7 @@ class VStar(Star):
 
 STARS: dict[str, type[Star]] = {"star": Star, "rest_em": RestEM, "rft": RFT, "v_star": VStar}
 
-EQUALITY = re.compile(r"[-+*/×÷^().,\d\s]*\d[-+*/×÷^().,\d ]*=\s*-?[\d./,]*\d")
+EQUALITY = re.compile(r"(?<![-+*/×÷^().,\d ])[-+*/×÷^().,\d ]++=\s*-?\d(?:[\d./,]*\d)?")  # linear: tried once per run
 GIVEAWAYS = ("hint", "given answer", "provided answer", "answer provided", "answer given", "told the answer")
 
 
@@ -135,7 +135,7 @@ def structure(text: str) -> tuple[str, ...]:
     Example:
         structure("4 + 8 = 12\\n12-5=7\\nAnswer: 7")  # ("4+8=12", "12-5=7")
     """
-    found = ["".join(match.split()) for match in EQUALITY.findall(text)]
+    found = ["".join(match.split()).lstrip(",.") for match in EQUALITY.findall(text) if re.search(r"\d.*=", match)]
     lines = [" ".join(line.lower().split()) for line in text.splitlines() if line.strip()]
     return tuple(found or lines[:-1])
 

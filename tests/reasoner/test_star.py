@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,13 @@ def test_a_path_without_equalities_is_known_by_its_lines():
     assert structure("Two and two\nmake four.\nAnswer: 4") == ("two and two", "make four.")
     assert structure("so 4 + 8 = 12, and\n12 - 5=7.\nAnswer: 7") == ("4+8=12", "12-5=7")
     assert structure("Answer: 7") == ()
+    assert structure("x = 3\n\n4+8=12 = 6+6\nAnswer: 12") == ("4+8=12",)  # a chain counts by its first equality
+
+
+def test_a_long_path_is_read_in_no_time():
+    start = time.perf_counter()
+    structure("1+" * 50_000 + "\n" + "7 " * 50_000)
+    assert time.perf_counter() - start < 1
 
 
 def test_a_hint_changes_the_question_alone_and_is_marked():
