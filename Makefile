@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-gpu lint clean
+.PHONY: bench-kills quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -54,6 +54,10 @@ bench-model: setup
 
 bench-convert: setup       ## 13 minutes on two quiet cores
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.convert
+
+bench-kills: setup         ## parts of a run killed at random: 15 minutes
+	$(BIN)/python -m benchmarks.kills configs/quickstart.toml --kills 20 --pause 2 --steps=80 --tasks_per_step=16 \
+		--evaluate.tasks=100 --evaluate.n=4 --evaluate.k=4 --checkpoint_every=5 --base.steps=900
 
 bench-gpu:                 ## needs torch, transformers and nvcc alone
 	$(PYTHON) -m benchmarks.gpu
