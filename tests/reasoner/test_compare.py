@@ -14,7 +14,7 @@ from reasoner.compare import Result, Stage, accuracy, comparisons, grow, summari
 from reasoner.compare_page import render, why
 from reasoner.config import Comparison, ConfigError, Method, load_comparison
 from reasoner.evaluate import Reading, read, require_steps
-from search import Beam, BestOf, Sample
+from search import Beam, BestOf, Revise, Sample
 from search.base import Sampling, Step, Trajectory
 from search.scripted import Scripted
 from verifiers import Pool
@@ -180,6 +180,20 @@ def test_a_step_search_on_a_model_that_writes_no_steps_is_named_after_the_first_
         require_steps(Beam(), "\n", groups("Answer: 7"), "methods.walk")
     require_steps(Beam(), "\n", groups("Answer: 7", "3+4=7\nAnswer: 7"))
     require_steps(Sample(), "\n", groups("Answer: 7"))
+
+
+def test_words_that_the_model_cannot_spell_are_named_before_they_are_written(pools):
+    class Digits(Scripted):
+        def write(self, path, text, *, turn=False):
+            if not set(text) <= set("0123456789="):
+                raise ValueError("unknown characters")
+            return super().write(path, text, turn=turn)
+
+    made = stage(pools, ["Answer: 7"])
+    made = replace(made, engine=Digits(made.engine.reply, made.engine.sampling))
+    compare._require_writable(Method("m", Revise(critique="=", request="=")), made, task(4))
+    with pytest.raises(ConfigError, match="methods.m.*Check the solution"):
+        compare._require_writable(Method("m", Revise()), made, task(4))
 
 
 def test_a_score_with_a_model_of_its_own_is_read_from_its_own_engine(pools):
