@@ -494,6 +494,13 @@ def _check_rounds(run: Run, star: Star) -> None:
         star.check(run.steps)
     except ValueError as error:
         raise ConfigError(f"learner: {error}") from None
+    unread = {"credit": GRPO(), "length": Length(), "curriculum": None, "resample": 0, "max_lag": 0}
+    for key, default in unread.items():
+        if getattr(run, key) != default:
+            raise ConfigError(
+                f"{key} shapes policy gradients and learner.kind = {to_dict(run)['learner']['kind']!r} has none: "
+                "leave it out, or use learner.kind = 'policy'"
+            )
     if star.rationalise and isinstance(run.search, Episode):
         raise ConfigError("the tasks answer back, a hint does not help to play them: set learner.rationalise = 0")
     rows = run.tasks_per_step * min(star.keep, max(getattr(run.search, "n", star.keep), star.rationalise))

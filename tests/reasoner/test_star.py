@@ -190,6 +190,9 @@ def test_a_round_that_kept_little_is_short():
         (["learner.kind=stir"], "Did you mean star?"),
         (["learner.loss=dapo"], "learner.loss is not a key of Star"),
         (["tasks_per_step=8", "learner.batch=64"], "cannot be filled"),
+        (["resample=2"], "resample shapes policy gradients and learner.kind = 'star' has none"),
+        (["credit.kind=rloo"], "credit shapes policy gradients"),
+        (["max_lag=1"], "max_lag shapes policy gradients"),
         (["learner.micro_batches=2"], "learner.micro_batches is not a key of Star"),
     ],
 )
