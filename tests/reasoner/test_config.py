@@ -54,6 +54,7 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("policies.math=3", ["policies.math", "table"]),
         ("engine.kind='openai'", ["engine.url = ''", "http://localhost:8000/v1"]),
         ("engine.url='http://localhost:8000/v1'", ["engine.kind = 'vllm'", "engine.model = ''"]),
+        ("learner.router_replay=true", ["'vllm'", "records no experts", "engine.kind = 'paged'"]),
         ("engine.kind='sglang'", ["'vllm'", "'local'"]),
         ("tasks.train=0", ["train=0"]),
     ],

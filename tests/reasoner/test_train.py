@@ -72,6 +72,25 @@ def test_two_runs_with_one_seed_give_identical_metrics(run, tmp_path):
     assert rows(train(tmp_path)) == rows(run)
 
 
+def test_the_paged_engine_gives_the_rollouts_of_the_local_one(run, tmp_path):
+    other = train(tmp_path, "--engine.kind=paged", "--learner.router_replay=true")
+    groups = ([g for _, _, g in read(folder / "journal.jsonl")] for folder in (run, other))
+    for want, got in zip(*groups, strict=True):
+        assert [r.trajectory.ids for r in got.rollouts] == [r.trajectory.ids for r in want.rollouts]
+        assert all(r.trajectory.steps[0].experts for r in got.rollouts)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_paged_engine_needs_neither_ray_nor_vllm(tmp_path):
+    folders = [f"--out={tmp_path}/runs", f"--cache={tmp_path}/cache"]
+    arguments = ["train", str(CONFIG), *SMALL, "--engine.kind=paged", *folders]
+    code = f"import sys; sys.modules.update(ray=None, vllm=None); from reasoner.__main__ import main; main({arguments})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=CONFIG.parents[1]
+    )
+    assert (tmp_path / "runs" / "quickstart" / "summary.json").is_file(), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("kind", ["process", "verifier"])
 def test_training_rollouts_can_be_searched_with_a_score(tmp_path, kind):
     search = ["--search.kind=beam", "--search.width=2", "--search.branch=2", f"--score.kind={kind}", "--steps=1"]
