@@ -7,7 +7,8 @@ generative  trained on the run's journal, labels by rule: F1 at naming the first
 baselines   the policy's own confidence (its least probable token of a step), and the implicit model (log-ratio of the
             run's last checkpoint to its base), neither of them trained for this
 labels      how often Monte-Carlo values and bisection name the step that the rule names, and their tokens
-tokens      what the judge reads for one generated token: groups judged in one pass, and beam search step by step
+tokens      what the judge reads and says for one generated token: groups judged in one pass; beam search step by step,
+            served by the paged engine, whose prefix cache has pages of so many tokens
 padding     of a training batch in the quickstart's shape, and what it costs
 
 Distinct paths only, those of one step (an answer without work) told apart. About 5 minutes on a free core.
@@ -121,15 +122,20 @@ async def tokens(policy: Path, prm: Prm, groups: dict[str, list[Group]], decode:
     for page in (16, 4, 1):
         engine = LocalEngine(load(policy, torch.float32), prm.tokenizer, Sampling(max_tokens=72))
         judge = paged_engine(prm.model, prm.tokenizer, Sampling(), page=page, context=128)
-        score = ProcessModel("").open(question_of(tasks[0]), judge, None)
+        judged, new = ProcessModel("").open(question_of(tasks[0]), judge, None), []
+
+        async def score(path: Trajectory, judged: Any = judged, new: list[int] = new) -> float:
+            new.append(len(path.steps[-1].ids))
+            return await judged(path)
+
         roots = [Trajectory(encode(prm.tokenizer, t), seed=derive(0, t.id)) for t in tasks]
         await asyncio.gather(*(Beam().run(root, engine, score) for root in roots))
         said, spent = engine.ledger.generated, judge.ledger
         result[f"beam by steps, pages of {page}"] = {
-            "read": round(spent.prefilled / said, 3),
             "read_and_said": round((spent.prefilled + spent.generated) / said, 3),
-            "tokens_a_judgement": round(spent.generated / max(1, spent.generated), 3),
-            "judgements": spent.generated,
+            "read_by_new_tokens": round(spent.prefilled / sum(new), 3),  # equal children are judged once
+            "judgements": len(new),
+            "said_per_judgement": spent.generated / len(new),
             "policy_generated": said,
         }
     return result

@@ -139,7 +139,7 @@ def train(
 
     Each step's label is drawn: + with the step's value as its probability, so that the expected loss is that of the
     soft label. A step behind the first wrong one has no label: what is built on an error is neither right nor wrong.
-    deeper: layers put on top (`deepened`).
+    deeper: layers put on top (`deepened`) and trained, what is below them stays as it is; 0: the base is trained.
     """
     from transformers import AutoTokenizer
 
@@ -147,6 +147,9 @@ def train(
 
     torch.manual_seed(seed)
     model, tokenizer = deepened(load(base, torch.float32), deeper), AutoTokenizer.from_pretrained(base)
+    if deeper:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_layer(name) >= model.config.num_hidden_layers - deeper or _on_top(name))
     plus, minus = signs(tokenizer)
     noise = torch.Generator().manual_seed(seed)
     inputs, targets = [], []
@@ -162,7 +165,7 @@ def train(
         inputs.append((ids, mask))
         targets.append(said)
     with tempfile.TemporaryDirectory() as scratch:
-        options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch)}
+        options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch), "balance_rate": 0.0}
         supervise(model, tokenizer, inputs, targets=targets, progress=progress, **options)
     return Prm(model.eval(), tokenizer, Settings(delimiter=rows[0]["delimiter"]))
 
@@ -187,6 +190,11 @@ def deepened(model: Any, extra: int) -> Any:
         if _layer(name) >= first and ("o_proj" in name or "down_proj" in name):
             tensor.zero_()  # what they add to the residual stream
     return deep
+
+
+def _on_top(name: str) -> bool:
+    """The last norm and the head."""
+    return _layer(name) < 0 and "embed" not in name
 
 
 def _layer(name: str) -> int:

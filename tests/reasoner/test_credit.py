@@ -270,3 +270,14 @@ def test_shuffling_keeps_the_scores_and_loses_their_owners():
         owners.add(found.index(max(found)))
     assert len(owners) > 1
     assert Shuffled(3)(group(1.0, 0.0)) == Shuffled(3)(group(1.0, 0.0))
+
+
+def test_a_reward_that_is_no_number_is_counted_under_its_verifier_and_taught_to_nobody():
+    from reasoner.train import statistics
+
+    with pytest.raises(ValueError, match="score=nan"):  # so the pool makes a failed verdict of it
+        Verdict("scored", float("nan"), False)
+    failed = Rollout(TASK, rollout(1.0).trajectory, Verdict.fail("ValueError: score=nan is outside [0, 1]"))
+    spoiled = Group(TASK, (*group(1.0, 0.0).rollouts, failed))
+    assert len(GRPO()(spoiled)) == 2
+    assert statistics([spoiled])["dropped"] == {"math failed: ValueError: score=nan is outside [0, 1]": 1}
