@@ -37,7 +37,7 @@ RESULTS = HERE / "results" / "train.json"
 CONFIGS = HERE.parent / "configs"
 TARGETS = (0.5, 0.6, 0.7, 0.8)  # held-out greedy accuracy
 LATENCY = 1.0  # seconds that another machine's engine takes longer for a group
-COPIES = 8  # of the weights, over a run
+COPIES = 6  # of the weights, over a run
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,18 @@ class Copies:
 
 def ours(config: Path, overrides: list[str], latency: float) -> dict[str, Any]:
     """A run of this system: `reasoner train` without its evaluations."""
-    from reasoner import train
+    from reasoner import learner, train  # noqa: F401 (imported before the clock starts)
     from reasoner.config import load
+    from reasoner.evaluate import greedily
     from reasoner.progress import Clock, Screen
 
     run = load(config, overrides)
     tasks, heldout = train.load_tasks(run)
     with ExitStack() as stack:
         stage, start = train.open_stage(run, tasks, heldout, "local", Clock(), Screen(), stack)
+        stage.loop.run(
+            greedily(heldout, stage.engine, stage.pool, stage.tokenizer, seed=0)
+        )  # a run evaluates first, too
         if latency:
             stage = replace(stage, engine=Slowed(stage.engine, latency))
         copies = Copies(stage.model, run.steps)
@@ -120,7 +124,7 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
     from reasoner.config import load
     from reasoner.model import balance
     from reasoner.model import load as load_model
-    from reasoner.train import load_tasks, shuffled
+    from reasoner.train import Deck, load_tasks
     from rollouts.loop import Loop
     from verifiers import Pool, get
 
@@ -129,8 +133,8 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
     checkpoint = run.base.prepare(tasks, Path(run.cache), run.seed, lambda *_: None)
     model, tokenizer = load_model(checkpoint, torch.float32), AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    stream = shuffled(tasks, run.seed)
-    drawn = [next(stream) for _ in range(run.steps * run.tasks_per_step)]
+    deck = Deck(tasks, run.seed)
+    drawn = [deck[ticket] for ticket in range(run.steps * run.tasks_per_step)]
     judge = get(drawn[0].verifier, **run.policies.get(drawn[0].verifier, {}))
     lengths: list[int] = []
 
@@ -240,7 +244,7 @@ def in_a_process(what: str, config: Path, overrides: list[str], latency: float =
 
 def against_peer(full: bool, more: list[str]) -> dict[str, Any]:
     """Rounds of three runs each; ratios are taken within a round."""
-    steps = 60 if full else 40
+    steps = 60 if full else 12
     rounds = []
     for _ in range(3 if full else 1):
         common = [f"steps={steps}", *more]
@@ -275,7 +279,7 @@ def per_step(full: bool, more: list[str]) -> dict[str, Any]:
 
 
 def ahead(full: bool, more: list[str]) -> dict[str, Any]:
-    common = ["steps=60" if full else "steps=32", "engine.kind=local", *more]
+    common = ["steps=60" if full else "steps=20", "engine.kind=local", *more]
     config = CONFIGS / "quickstart.toml"
     return {
         "latency_s": LATENCY,
