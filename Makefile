@@ -35,7 +35,7 @@ bench-verifiers: setup
 	$(BIN)/python -m benchmarks.verifiers
 
 bench-train: setup         ## against TRL's own trainer, and rollouts ahead of the learner; FULL=1 for more rounds
-	$(BIN)/python -m benchmarks.train $(if $(FULL),--full)
+	$(BIN)/python -m benchmarks.train $(if $(FULL),--seeds 3)
 
 bench-week: setup          ## 10,000 steps around a scripted engine: what grows, and what a step costs the driver
 	$(BIN)/python -m benchmarks.week
@@ -44,7 +44,7 @@ bench-search: setup
 	$(BIN)/python -m benchmarks.search
 
 bench-learning: setup      ## FULL=1 for three seeds
-	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.learning $(if $(FULL),--full)
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.learning $(if $(FULL),--seeds 3)
 
 bench-prm: setup          ## after `make quickstart`
 	$(BIN)/python -m benchmarks.prm runs/quickstart

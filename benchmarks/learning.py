@@ -1,9 +1,9 @@
 """What each way of learning makes of the same generated tokens; writes benchmarks/results/learning.json.
 
-    python -m benchmarks.learning [methods] [star] [--full]       make bench-learning, FULL=1 for the full form
+    python -m benchmarks.learning [methods] [star] [--seeds 3]       make bench-learning, FULL=1 for three seeds
 
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
-         each stopped when it has generated the same number of tokens in training. Short: one seed; full: three.
+         each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
@@ -36,7 +36,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
 CONFIG = HERE.parent / "configs" / "star.toml"
 BUDGET = 100_000  # tokens generated in training
-SEEDS = {"short": [0], "full": [0, 1, 2]}
 
 TASK = [  # two-digit sums: the base guesses at most of them, works some, and makes a slip in every fifth line
     "tasks.digits=2",
@@ -69,17 +68,17 @@ METHODS = {
 }
 
 
-def methods(form: str, names: list[str], scratch: Path) -> dict[str, Any]:
+def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
     """The table: a row for each method, in the order of METHODS."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
-    for seed in SEEDS[form]:
+    for seed in range(seeds):
         for name in names:
             overrides = [*TASK, *METHODS[name], f"token_budget={BUDGET}", f"seed={seed}"]
             runs[name].append(measured(f"{name}-{seed}", overrides, scratch))
             print(f"{name}, seed {seed}: greedy {runs[name][-1]['final']['greedy']:.1%}", flush=True)
     return {
         "budget": BUDGET,
-        "seeds": SEEDS[form],
+        "seeds": list(range(seeds)),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": reach(runs),
     }
@@ -226,22 +225,24 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help="methods, star; default: both")
-    parser.add_argument("--full", action="store_true", help="three seeds instead of one")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
     parser.add_argument("--keep", metavar="DIR", help="leave the runs there, and go on with those that are there")
     args = parser.parse_args()
-    form = "full" if args.full else "short"
     if unknown := (set(args.parts) - {"methods", "star"}) | (set(args.only or ()) - set(METHODS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        parts = {"methods": lambda: methods(form, args.only or list(METHODS), scratch), "star": lambda: star(scratch)}
+        parts = {
+            "methods": lambda: methods(args.seeds, args.only or list(METHODS), scratch),
+            "star": lambda: star(scratch),
+        }
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for name in args.parts or parts:
-            print(f"-- {name}, {form} form", flush=True)
+            print(f"-- {name}", flush=True)
             result = parts[name]()
-            found[name] = {"form": form, **result, **machine()}
+            found[name] = {**result, **machine()}
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
             show(name, result)
 
