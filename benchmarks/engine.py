@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from search.base import END, STEP, Sampling, Trajectory, derive  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
-QUESTIONS, CHILDREN, LONGEST = 32, 8, 72
+QUESTIONS, CHILDREN, LONGEST, FEW = 32, 8, 72, 48
 ROWS, PROMPT, COMPLETION = 4, 64, 192  # of the head's batch
 WAYS = ("logits", "trl", "ours")
 
@@ -47,18 +47,24 @@ def engines(checkpoint: Path, turns: int) -> dict:
 
     torch.set_num_threads(1)
     tokenizer, sampling = AutoTokenizer.from_pretrained(checkpoint), Sampling(max_tokens=LONGEST)
-    made = {
-        "paged": paged_engine(load(checkpoint, torch.float32), tokenizer, sampling, context=128),
-        "local": LocalEngine(load(checkpoint, torch.float32), tokenizer, sampling),
+
+    def in_process(rows: int) -> dict:
+        paged = paged_engine(load(checkpoint, torch.float32), tokenizer, sampling, context=128, rows=rows)
+        return {"paged": paged, "local": LocalEngine(load(checkpoint, torch.float32), tokenizer, sampling, rows=rows)}
+
+    made, few = in_process(QUESTIONS * CHILDREN), in_process(FEW)
+    jobs = {
+        "whole answers": (made, END),
+        "step by step": (made, STEP),
+        f"whole answers, {FEW} rows at once": (few, END),
     }
-    jobs = {"whole answers": END, "step by step": STEP}
-    times = {job: {name: [] for name in (*made, "vllm")} for job in jobs}
+    times = {job: {name: [] for name in ("paged", "local", "vllm")} for job in jobs}
     with ExitStack() as stack, asyncio.Runner() as runner:
         if find_spec("ray") and find_spec("vllm"):
             made["vllm"] = _vllm(checkpoint, sampling, stack)
         for turn in range(turns + 1):  # the first one warms up
-            for job, until in jobs.items():
-                for name, engine in made.items():
+            for job, (served, until) in jobs.items():
+                for name, engine in served.items():
                     rate = runner.run(_rate(engine, tokenizer, until, seed=turn))
                     if turn:
                         times[job][name].append(rate)

@@ -26,7 +26,7 @@ from reasoner import kernels
 from reasoner.kernels.dispatch import target_of
 from reasoner.model import ReasonerForCausalLM
 from reasoner.paged_books import Pages
-from reasoner.paged_model import PagedCache, decode, prefill
+from reasoner.paged_model import PagedCache, decode, one_more, read, whole
 from rollouts.local_engine import LocalEngine
 from rollouts.row import Row, Words, draw_all, law, note_top
 from search.base import Sampling
@@ -142,7 +142,11 @@ class PagedDecoder:
                 seat.pure = False
 
     async def decode(self, rows: list[Row]) -> None:
-        """Returns when every row is complete."""
+        """Returns when every row is complete. Raises ValueError for a token that the model does not have."""
+        vocabulary = self._model.config.vocab_size
+        for ids in {row.request.ids for row in rows}:
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise ValueError(f"a path has token {max(ids)} (or {min(ids)}): this model knows 0 to {vocabulary - 1}")
         loop = asyncio.get_running_loop()
         asked = [(row, loop.create_future()) for row in rows]
         self._queue.extend(asked)
@@ -164,68 +168,64 @@ class PagedDecoder:
         """Decode until nobody waits. Rows that join meanwhile are let in between two tokens."""
         while self._queue or self._seats:
             with self._lock:
-                for run in (self._prefill, self._decode):
-                    complete, error = run()
-                    if complete:
-                        loop.call_soon_threadsafe(_settle, [seat.done for seat in complete], error)
+                complete, error = self._turn()
+            if complete:
+                loop.call_soon_threadsafe(_settle, [seat.done for seat in complete], error)
 
     # --- one turn
 
-    def _prefill(self) -> tuple[list[_Seat], Exception | None]:
-        """Read the prompts that fit and draw the first token of each. Returns seats that are done, or that failed."""
-        families = self._admit()
-        if not families:
-            return [], None
-        seats = [seat for family in families for seat in family.seats]
-        self._seats += seats
-        try:
-            logits_FV = prefill(
-                self._model,
-                self._cache,
-                [family.ids for family in families],
-                [family.seats[0].pages for family in families],
-                [family.past for family in families],
-            )
-            self._fork(families)
-            owner = [i for i, family in enumerate(families) for _ in family.seats]
-            return self._append(seats, logits_FV[owner]), None
-        except Exception as error:  # belongs to those who asked, not to this thread
-            return self._leave(seats, failed=True), error
-
-    def _decode(self) -> tuple[list[_Seat], Exception | None]:
-        """One more token for every row."""
+    def _turn(self) -> tuple[list[_Seat], Exception | None]:
+        """One more token for every row, and the first of those let in. Returns seats that are done, or that failed."""
         self._leave([seat for seat in self._seats if seat.done.done()])  # cancelled
         self._grow()
-        seats, size = list(self._seats), self._pages.size
+        old, families = list(self._seats), self._admit()
+        self._seats += [seat for family in families for seat in family.seats]
+        seats = list(self._seats)
         if not seats:
             return [], None
         try:
-            written = [seat.written for seat in seats]
-            logits_BV = self._logits(
-                [seat.row.ids[-1] for seat in seats],
-                written,
-                [seat.pages[w // size] * size + w % size for seat, w in zip(seats, written, strict=True)],
-                [seat.pages for seat in seats],
-            )
-            for seat in seats:
+            logits_NV = self._read(old, families)
+            for seat in old:
                 seat.written += 1
-            return self._append(seats, logits_BV), None
-        except Exception as error:
+            if families:
+                self._fork(families)
+                owner = [i for i, family in enumerate(families, len(old)) for _ in family.seats]
+                logits_NV = logits_NV[[*range(len(old)), *owner]]
+            return self._append(seats, logits_NV), None
+        except Exception as error:  # belongs to those who asked, not to this thread
             return self._leave(seats, failed=True), error
 
-    def _logits(self, ids: list[int], written: list[int], slots: list[int], tables: list[list[int]]) -> Tensor:
-        width = self._table if self._graphs else max(map(len, tables))
-        table_BX = np.zeros((len(ids), width), dtype=np.int32)
-        for row, pages in zip(table_BX, tables, strict=True):
-            row[: len(pages)] = pages
-        given = (
-            torch.tensor(ids),
+    def _read(self, old: list[_Seat], families: list[_Family]) -> Tensor:
+        """Logits after one more token of each old seat, and after the beginning of each family."""
+        next_tokens, device = self._next_tokens(old), self._model.device
+        if not families:
+            if self._graphs:
+                return self._graphs(*next_tokens)
+            return decode(self._model, self._cache, *next_tokens)
+        parts = [one_more(*(t.to(device) for t in next_tokens))] if old else []
+        begun = whole(
+            self._cache,
+            [family.ids for family in families],
+            [family.seats[0].pages for family in families],
+            [family.past for family in families],
+        )
+        return read(self._model, self._cache, *parts, begun)
+
+    def _next_tokens(self, seats: list[_Seat]) -> tuple[Tensor, ...]:
+        """What `paged_model.one_more` takes, on the CPU."""
+        size, written = self._pages.size, [seat.written for seat in seats]
+        width = self._table if self._graphs else max((len(seat.pages) for seat in seats), default=0)
+        table_BX = np.zeros((len(seats), width), dtype=np.int32)
+        for row, seat in zip(table_BX, seats, strict=True):
+            row[: len(seat.pages)] = seat.pages
+        slots = [seat.pages[w // size] * size + w % size for seat, w in zip(seats, written, strict=True)]
+        return (
+            torch.tensor([seat.row.ids[-1] for seat in seats]),
             torch.tensor(written),
             torch.tensor(slots),
             torch.from_numpy(table_BX),
             torch.tensor(written, dtype=torch.int32) + 1,
         )
-        return self._graphs(*given) if self._graphs else decode(self._model, self._cache, *given)
 
     def _append(self, seats: list[_Seat], logits_BV: Tensor) -> list[_Seat]:
         """Draw a token for each seat. Returns the seats whose rows are complete, which have left."""

@@ -1,4 +1,4 @@
-"""The model read through a paged latent cache, on the kernels' ops: prompts in one go, then one token at a time.
+"""The model read through a paged latent cache, on the kernels' ops: new sequences and next tokens in one pass.
 
 A page holds the latents of some tokens of one sequence; a sequence's table names its pages in order. Knows nothing of
 who owns the pages or which token is drawn. Neighbours: `paged_engine` calls it, `reasoner.model` holds the weights.
@@ -10,6 +10,7 @@ X pages of a table, N sequences of a prefill with at most S new tokens each, P t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,16 +59,38 @@ class PagedCache:
         return b"" if self.experts is None else self.experts[slots].cpu().numpy().astype("<i2").tobytes()
 
 
-def decode(
-    model: ReasonerForCausalLM,
-    cache: PagedCache,
-    ids_B: Tensor,
-    positions_B: Tensor,
-    slots_B: Tensor,
-    table_BX: Tensor,
-    lengths_B: Tensor,
-) -> Tensor:
-    """Logits (B, V) in float32 after one more token of each sequence; its latents go to `slots_B` (negative: nowhere).
+@dataclass(frozen=True)
+class Part:
+    """Some of the tokens of one forward pass, how they attend, and which of them logits are wanted after."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor  # of the cache, where their latents go; negative: nowhere
+    attend: Attend
+    last_N: Tensor | slice
+
+
+def read(model: ReasonerForCausalLM, cache: PagedCache, *parts: Part) -> Tensor:
+    """Logits (N, V) in float32 after the last tokens of all parts, read in one pass."""
+    sizes = [len(part.ids_T) for part in parts]
+
+    def attend(layer: LatentAttention, q_THn: Tensor, q_THr: Tensor, latents: Tensor) -> Tensor:
+        pieces = zip(parts, q_THn.split(sizes), q_THr.split(sizes), strict=True)
+        return torch.cat([part.attend(layer, n, r, latents) for part, n, r in pieces])
+
+    given = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids_T", "positions_T", "slots_T"))
+    x_TD = _blocks(model, cache, *given, attend)
+    last_ND = torch.cat([x[part.last_N] for part, x in zip(parts, x_TD.split(sizes), strict=True)])
+    return model.lm_head(model.model.norm(last_ND)).float()
+
+
+def decode(model: ReasonerForCausalLM, cache: PagedCache, *given: Tensor) -> Tensor:
+    """Logits (B, V) in float32 after one more token of each sequence; `given` as for `one_more`."""
+    return read(model, cache, one_more(*given))
+
+
+def one_more(ids_B: Tensor, positions_B: Tensor, slots_B: Tensor, table_BX: Tensor, lengths_B: Tensor) -> Part:
+    """One more token of each sequence, in the absorbed form over the cache itself.
 
     lengths_B: int32, tokens of each sequence with the new one; 0 for a row that only fills the batch.
     """
@@ -79,18 +102,12 @@ def decode(
         out_B1HC = kernels.latent_decode(q_B1HD, latents, table_BX, lengths_B, layer.latent, layer.scale)
         return torch.einsum("bhc,hvc->bhv", out_B1HC[:, 0], down_HvC).flatten(1)
 
-    return _head(model, _read(model, cache, ids_B, positions_B, slots_B, attend))
+    return Part(ids_B, positions_B, slots_B, attend, slice(None))
 
 
-def prefill(
-    model: ReasonerForCausalLM,
-    cache: PagedCache,
-    ids: list[tuple[int, ...]],
-    tables: list[list[int]],
-    past: list[int],
-) -> Tensor:
-    """Logits (N, V) in float32 after whole sequences, of which the first `past` tokens are in the cache already."""
-    device = model.device
+def whole(cache: PagedCache, ids: list[tuple[int, ...]], tables: list[list[int]], past: list[int]) -> Part:
+    """Whole sequences, of which the first `past` tokens are in the cache already."""
+    device = cache.latents[0].device
     new = [len(i) - p for i, p in zip(ids, past, strict=True)]
     widest, longest, count = max(new), max(map(len, ids)), len(ids)
     table_NX = _rectangle(tables, device)
@@ -120,11 +137,10 @@ def prefill(
         out_NSHv = kernels.attention(q, k, v_NPHv, layer.scale, seen_NSP)
         return out_NSHv.flatten(0, 1)[place_T].flatten(1)
 
-    x_TD = _read(model, cache, ids_T, positions_T, slots_T, attend)
-    return _head(model, x_TD[new_N.cumsum(0) - 1])
+    return Part(ids_T, positions_T, slots_T, attend, new_N.cumsum(0) - 1)
 
 
-def _read(
+def _blocks(
     model: ReasonerForCausalLM, cache: PagedCache, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, attend: Attend
 ) -> Tensor:
     """The tokens after the last block, (T, width); their latents and experts are in the cache."""
@@ -145,10 +161,6 @@ def _read(
             y_TD = block.mlp(y_TD)
         x_TD = x_TD + y_TD
     return x_TD
-
-
-def _head(model: ReasonerForCausalLM, x_TD: Tensor) -> Tensor:
-    return model.lm_head(model.model.norm(x_TD)).float()
 
 
 def _rectangle(rows: list[list[int]], device: torch.device) -> Tensor:

@@ -127,8 +127,10 @@ def write_latent(
 ) -> Tensor:
     latent = weight_R.shape[0]
     row_TD = torch.cat((rms_norm(kv_TD[:, :latent], weight_R, eps)[0], rotate(kv_TD[:, latent:], cos, sin)), dim=-1)
-    kept = slots_T >= 0
-    cache.view(-1, cache.shape[-1])[slots_T[kept]] = row_TD[kept].to(cache.dtype)
+    kept = (slots_T >= 0).nonzero()[:, 0]
+    if len(kept) < len(slots_T):
+        slots_T, row_TD = slots_T[kept], row_TD[kept]
+    cache.view(-1, cache.shape[-1]).index_copy_(0, slots_T, row_TD.to(cache.dtype))
     return rotate(q_TNP, cos[:, None], sin[:, None])
 
 

@@ -93,16 +93,15 @@ def test_cache_that_does_not_hold_one_sequence_is_refused_with_the_size_that_doe
     engine(cache_gib=cache_of(16))
 
 
-def test_failing_prompt_reaches_its_callers_and_the_engine_lives_on():
+def test_token_that_the_model_does_not_have_is_refused_and_costs_the_others_nothing():
     local = engine()
     bad, good = Trajectory((len(TOKENIZER) + 5,)), Trajectory(PROMPT)
 
     async def both():
-        failed = await asyncio.gather(local.extend(bad, n=2), local.extend(good), return_exceptions=True)
-        return failed, await local.extend(good, n=3)
+        return await asyncio.gather(local.extend(bad, n=2), local.extend(good, n=3), return_exceptions=True)
 
-    failed, paths = asyncio.run(both())
-    assert isinstance(failed[0], IndexError)
+    refused, paths = asyncio.run(both())
+    assert isinstance(refused, ValueError) and f"token {len(TOKENIZER) + 5}" in str(refused)
     assert_law(model(), paths)
 
 
