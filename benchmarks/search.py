@@ -2,14 +2,16 @@
 
 estimators  error of each estimator on the toy chain at equal numbers of paths, against exact values (half a minute)
 searches    accuracy and tokens of every search on the toy chain, with an exact process reward (half a minute)
-engine      64 questions in flight on one vLLM engine: throughput of each search against plain sampling, search
-            overhead, ledger against tree minimum; its_hub on the same engine and questions if it is installed
+engine      64 questions in flight on one vLLM engine. Steady: tokens a second while 64 searches are always under way,
+            beam against plain sampling, in alternating windows. Whole: 64 questions from the first call to the last
+            answer, by self-consistency, best-of-n and beam; its_hub on the same engine and questions if it is found
 
-    python -m benchmarks.search [estimators] [searches] [engine] [--tasks 64] [--turns 3]
+    python -m benchmarks.search [estimators] [searches] [engine] [--tasks 64] [--seconds 10] [--turns 1]
+    pip install --target its_hub --no-deps its-hub; PYTHONPATH=its_hub python -m benchmarks.search engine
 
-The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, so that answers and costs are
-the chain's and the time is the engine's and the search's. its_hub runs in this process on the very engine object, which
-spares it the HTTP server that it is usually used with: the comparison flatters it.
+The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, on a llama of 8 layers that
+compute zeros: answers and lengths are the chain's, the time is that of a small real model. its_hub runs in this process
+on the very engine object, which spares it the HTTP server that it is usually used with: the comparison flatters it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from search.metrics import interval
 from search.sample import BestOf, Sample
 from search.toy import Chain, ChainEngine, same_number, trap
 from search.toy_checkpoint import write_checkpoint
-from search.tree import nodes
+from search.tree import Ledger, nodes
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 CHAIN = trap()
@@ -153,7 +156,7 @@ async def reward(path: Trajectory) -> float:
     return derive(path.text) % 1000 / 1000
 
 
-def engine(tasks: int, turns: int) -> dict:
+def engine(tasks: int, seconds: float, turns: int) -> dict:
     from rollouts.cluster import Engines, cluster
     from rollouts.request import Placement
 
@@ -161,50 +164,105 @@ def engine(tasks: int, turns: int) -> dict:
     draw = random.Random(0)
     prompts = [(chain.start, *(draw.randrange(3, 29) for _ in range(24))) for _ in range(tasks)]
     with tempfile.TemporaryDirectory() as folder, cluster("local"):
-        write_checkpoint(chain, Path(folder))
+        write_checkpoint(chain, Path(folder), layers=8, inner=768)
         placement = Placement(max_model_len=512, max_num_seqs=256, kv_cache_gib=0.5)
         served = Engines.start(Path(folder), placement, Sampling(max_tokens=256), seed=1)
         try:
-            return asyncio.run(_measure(served, chain, prompts, Path(folder), turns))
+            with asyncio.Runner() as runner:
+                runner.run(_sampled(served, Trajectory(prompts[0], seed=0)))  # warm up
+                steady = runner.run(_steady(served, prompts, seconds))
+                whole = runner.run(_whole(served, chain, prompts, Path(folder), turns))
         finally:
             served.stop()
+    return {"tasks": tasks, "n": N, "steady": steady, "whole": whole, "load": os.getloadavg()}
 
 
-async def _measure(engine, chain: Chain, prompts, folder: Path, turns: int) -> dict:
-    roots = [Trajectory(prompt, seed=i) for i, prompt in enumerate(prompts)]
-    rows = []
+async def _sampled(engine, root: Trajectory) -> Ledger:
+    """Plain sampling: N paths from one engine call, no search around it."""
+    paths = await engine.extend(root, n=N)
+    return Ledger(generated=sum(path.sampled_tokens for path in paths))
 
-    async def plain(turn: int) -> tuple[int, dict]:
-        roots_ = [Trajectory(root.prompt, seed=derive(root.seed, turn)) for root in roots]
-        paths = await asyncio.gather(*(engine.extend(root, n=N) for root in roots_))
-        return sum(path.sampled_tokens for each in paths for path in each), {}
 
-    def ours(search):
-        async def run(turn: int) -> tuple[int, dict]:
-            roots_ = [Trajectory(root.prompt, seed=derive(root.seed, turn)) for root in roots]
-            done = await asyncio.gather(*(explore(search, root, engine, reward) for root in roots_))
-            total = sum((outcome.tree.ledger for outcome in done[1:]), done[0].tree.ledger)
-            minimum = sum(
-                node["tokens"] for o in done for node in nodes(o.tree.record.rows) if node["parent"] is not None
-            )
-            calls = max(1, total.calls)
-            return total.generated, {
-                "generated / tree minimum": total.generated / minimum,
+def _explored(search) -> Callable:
+    async def run(engine, root: Trajectory) -> Ledger:
+        outcome = await explore(search, root, engine, reward)
+        minimum = sum(node["tokens"] for node in nodes(outcome.tree.record.rows) if node["parent"] is not None)
+        assert outcome.tree.ledger.generated == minimum, "a token was generated twice, or for nothing"
+        return outcome.tree.ledger
+
+    return run
+
+
+async def _steady(engine, prompts, seconds: float) -> list[dict]:
+    """Tokens a second while as many searches as there are prompts are under way at any moment.
+
+    Windows of the two alternate; a window is counted from when the engine has been full for a while.
+    """
+    runs = {"plain sampling": _sampled, "beam 4x4": _explored(Beam(width=4, branch=4))}
+    rows = [await _window(engine, prompts, name, runs[name], seconds, turn) for turn in range(2) for name in runs]
+    for name in runs:
+        mine = [row for row in rows if row["run"] == name]
+        print(f"steady: {name:24} {statistics.mean(row['tokens/s'] for row in mine):7.0f} tok/s")
+        for fact in ("rows per engine step", "engine stepping", "driver's CPU share", "prefilled per generated"):
+            print(f"{'':34}{fact}: {statistics.mean(row[fact] for row in mine):.3f}")
+    plain, beam = (statistics.mean(row["tokens/s"] for row in rows if row["run"] == name) for name in runs)
+    print(f"{'':34}beam / plain: {beam / plain:.3f}")
+    return rows
+
+
+async def _window(engine, prompts, name: str, run: Callable, seconds: float, turn: int) -> dict:
+    stop = asyncio.Event()
+
+    async def lane(number: int) -> None:
+        round_ = 0
+        while not stop.is_set():
+            seed = derive(name, turn, number, round_)
+            await run(engine, Trajectory(prompts[(number + round_) % len(prompts)], seed=seed))
+            round_ += 1
+
+    lanes = [asyncio.create_task(lane(number)) for number in range(len(prompts))]
+    await asyncio.sleep(0.4 * seconds)
+    before, used, cpu = time.perf_counter(), engine.usage()[0], time.process_time()
+    await asyncio.sleep(seconds)
+    took, now, cpu = time.perf_counter() - before, engine.usage()[0], time.process_time() - cpu
+    generated = now["rows"] - used["rows"]  # the engine's own count: replies come in pieces of unequal size
+    stop.set()
+    await asyncio.gather(*lanes)
+    return {
+        "run": name,
+        "tokens/s": generated / took,
+        "rows per engine step": generated / max(1, now["steps"] - used["steps"]),
+        "engine stepping": (now["seconds"] - used["seconds"]) / took,
+        "driver's CPU share": cpu / took,
+        "prefilled per generated": (now["prefilled"] - used["prefilled"]) / max(1, generated),
+    }
+
+
+async def _whole(engine, chain: Chain, prompts, folder: Path, turns: int) -> list[dict]:
+    """All questions at once, from the first call to the last answer."""
+
+    def all_by(run: Callable) -> Callable:
+        async def runs(turn: int) -> tuple[int, dict]:
+            roots = [Trajectory(prompt, seed=derive(i, turn)) for i, prompt in enumerate(prompts)]
+            ledgers = await asyncio.gather(*(run(engine, root) for root in roots))
+            total = sum(ledgers[1:], ledgers[0])
+            facts = {
+                "generated / tree minimum": 1.0,  # asserted of every search
                 "prefilled per generated": total.prefilled / total.generated,
-                "prefilled per call": total.prefilled / calls,
                 "judged per generated": total.judged / total.generated,
             }
+            return total.generated, facts if total.calls else {}
 
-        return run
+        return runs
 
     runs = {
-        "plain engine calls": plain,
-        "ours: self-consistency": ours(Sample(n=N)),
-        "ours: best-of-n": ours(BestOf(n=N)),
-        "ours: beam 4x4": ours(Beam(width=4, branch=4)),
+        "plain engine calls": all_by(_sampled),
+        "ours: self-consistency": all_by(_explored(Sample(n=N))),
+        "ours: best-of-n": all_by(_explored(BestOf(n=N))),
+        "ours: beam 4x4": all_by(_explored(Beam(width=4, branch=4))),
         **_its_hub(engine, chain, prompts, folder),
     }
-    await plain(99)  # warm up
+    rows = []
     for name, run in runs.items():
         seconds, tokens, facts = [], [], {}
         for turn in range(turns):
@@ -212,13 +270,23 @@ async def _measure(engine, chain: Chain, prompts, folder: Path, turns: int) -> d
             generated, facts = await run(turn)
             seconds.append(time.perf_counter() - begun)
             tokens.append(generated / seconds[-1])
-            facts["own CPU share of wall time"] = (time.process_time() - busy) / seconds[-1]
+            facts["driver's CPU share"] = (time.process_time() - busy) / seconds[-1]
         rows.append({"run": name, "seconds": seconds, "tokens": generated, "tokens/s": tokens, **facts})
         middle = statistics.median
         print(f"{name:32} {middle(seconds):6.2f} s  {generated:7d} tokens  {middle(tokens):7.0f} tok/s")
         for fact, value in facts.items():
             print(f"{'':34}{fact}: {value:.3f}")
-    return {"tasks": len(prompts), "n": N, "runs": rows, "load": os.getloadavg()}
+    _compare(rows)
+    return rows
+
+
+def _compare(rows: list[dict]) -> None:
+    """Wall-clock of its_hub in its best setting over ours, for the same questions and numbers of paths."""
+    seconds = {row["run"]: statistics.median(row["seconds"]) for row in rows}
+    for method in ("self-consistency", "best-of-n", "beam 4x4"):
+        theirs = [value for run, value in seconds.items() if run.startswith(f"its_hub: {method}")]
+        if theirs:
+            print(f"{method}: its_hub takes {min(theirs) / seconds[f'ours: {method}']:.2f} times as long")
 
 
 def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
@@ -230,7 +298,7 @@ def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
         from its_hub.core.lms.step_generation import StepGeneration
         from its_hub.core.orchestrator import LMOrchestrator
     except ImportError:
-        print("its_hub is not installed (pip install its-hub): its rows are left out")
+        print("its_hub is not found: its rows are LEFT OUT (see --help for how to add it)")
         return {}
     from transformers import AutoTokenizer
 
@@ -290,7 +358,7 @@ def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
 
     return {
         "its_hub: self-consistency": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(-1))),
-        "its_hub: the same, 32 at once": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(32))),
+        "its_hub: self-consistency, 32 at once": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(32))),
         "its_hub: best-of-n": theirs(lambda: BestOfN(Outcomes(), LMOrchestrator(-1))),
         "its_hub: beam 4x4": theirs(lambda: BeamSearch(steps(), Steps(), beam_width=4)),
     }
@@ -300,9 +368,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help="estimators, searches, engine; default: all")
     parser.add_argument("--tasks", type=int, default=64, help="questions in flight on the engine")
-    parser.add_argument("--turns", type=int, default=3, help="repeats of each engine run; the median is shown")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a steady window")
+    parser.add_argument("--turns", type=int, default=1, help="repeats of each whole run; the median is shown")
     args = parser.parse_args()
-    parts = {"estimators": estimators, "searches": searches, "engine": lambda: engine(args.tasks, args.turns)}
+    parts = {
+        "estimators": estimators,
+        "searches": searches,
+        "engine": lambda: engine(args.tasks, args.seconds, args.turns),
+    }
     if unknown := set(args.parts) - set(parts):
         parser.error(f"unknown part {', '.join(unknown)}: choose among {', '.join(parts)}")
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

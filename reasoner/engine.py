@@ -30,7 +30,8 @@ def open_engine(run: Run, checkpoint: Path, tokenizer: Any, ray: str) -> Iterato
         from rollouts.openai_engine import OpenAIEngine
 
         place = run.engine
-        options = {"context": place.max_model_len, "key": place.key, "at_once": place.max_num_seqs}
+        key = Path(place.key_file).read_text().strip() if place.key_file else ""
+        options = {"context": place.max_model_len, "key": key, "at_once": place.max_num_seqs}
         yield OpenAIEngine(place.url, place.model, tokenizer, run.sampling, **options)
         return
     if run.engine.kind == "paged":

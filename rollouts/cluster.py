@@ -33,6 +33,7 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rollouts.admission import Admission
 from rollouts.fleet import ClusterError, Deadlines, EngineState, Fleet, Lost, NoRoom, Refused, Weights
 from rollouts.request import Placement, Replies, Reply, Request
 from rollouts.writing import write
@@ -178,6 +179,18 @@ class Engines:
                 raise ClusterError(f"engines hold different weights, first in {differing[0]}")
         return first
 
+    @property
+    def admission(self) -> Admission:
+        """Of tasks to these engines, by what their KV caches hold together: one for all that use them."""
+        if self._host.admission is None:
+            rooms = [usage["room"] for usage in self.usage()]
+            self._host.admission = Admission(None if None in rooms else sum(rooms))
+        return self._host.admission
+
+    def usage(self) -> list[dict[str, Any]]:
+        """What each engine did so far: see `vllm_engine.VLLMEngine.usage`."""
+        return self._fleet.call("usage")
+
     def states(self) -> list[EngineState]:
         """What each engine does now, the weights it holds and how far these are behind."""
         return self._fleet.states()
@@ -214,6 +227,7 @@ class _Host:
             runtime_env={"env_vars": _environment(checkpoint, placement)},
             max_concurrency=10_000,  # an async actor: many extensions wait at once
         )
+        self.admission: Admission | None = None  # until asked for
         self._checkpoint = checkpoint
         self._arguments = engine, str(checkpoint.resolve()), placement, seed
 
@@ -293,6 +307,10 @@ class _Actor:
         """This process and those it started."""
         me = psutil.Process()
         return [me.pid, *(child.pid for child in me.children(recursive=True))]
+
+    async def usage(self) -> dict[str, Any]:
+        async with self._telling():
+            return await self._engine.usage()
 
     async def extend(self, requests: list[Request]):
         async with self._telling():

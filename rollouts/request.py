@@ -11,6 +11,8 @@ from typing import Literal
 
 from search.base import Offer, Sampling, Step, Trajectory, Until, derive
 
+KV_BLOCK = 32  # tokens; the smallest that vLLM's CPU attention takes
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -27,7 +29,7 @@ class Placement:
     kv_cache_gib: float = 0.5  # a vLLM engine on a GPU sizes its own
     url: str = ""  # of the server's API, with its version: "http://localhost:8000/v1"
     model: str = ""  # its name there
-    key: str = ""  # sent as a bearer token
+    key_file: str = ""  # holds what is sent as a bearer token; the token itself belongs in no config
 
     @property
     def offers(self) -> frozenset[Offer]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rollouts.admission import Admission, need_of
 from rollouts.base import Group, Rollout
 from rollouts.episode import Episode
 from rollouts.score import Guide, read_by
@@ -69,13 +70,16 @@ async def search_tasks(
             `Open`, and no other.
     """
 
+    admission = getattr(engine, "admission", Admission(None))
+
     async def one(task: Task) -> Searched:
         root = Trajectory(encode(tokenizer, task), seed=derive(seed, task.id))
         if isinstance(search, Episode):
             rollouts = await search.play(task, root, engine, pool, partial(encode, tokenizer))
             return Searched(Group(task, tuple(rollouts)), None)
         bound = search if guide is None else read_by(search, task.verifier, guide.pool)
-        found = await explore(bound, root, engine, None if guide is None else guide.score_of(task))
+        async with admission.held(need_of(search, len(root.prompt), engine.sampling.max_tokens)):
+            found = await explore(bound, root, engine, None if guide is None else guide.score_of(task))
         verdicts = await pool.verify(task, [path.text for path in found.paths])
         rollouts = (Rollout(task, p, v) for p, v in zip(found.paths, verdicts, strict=True))
         return Searched(Group(task, tuple(rollouts)), found.tree)

@@ -35,6 +35,9 @@ class ScriptedEngine:
         self._open.set()
         self.dead = False
 
+    async def usage(self) -> dict[str, int | None]:
+        return {"room": None}
+
     async def ready(self) -> int:
         return self._version
 

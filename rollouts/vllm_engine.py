@@ -24,19 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from vllm import EngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from rollouts.kv_tails import KVTails
 from rollouts.noise import Noise, draw
-from rollouts.request import Placement, Reply, Request
+from rollouts.request import KV_BLOCK, Placement, Reply, Request
 from search.base import Alternative, Sampling, Step
 
 HEARTBEAT = 20.0  # seconds after which a caller with work here hears that the engine still turns
 CONTEXT = 8  # tokens before a step that decide how its own are spelt: a character is at most four
-KV_BLOCK = 32  # tokens; the smallest that vLLM's CPU attention takes: what a fork reads again is a part of one block
 
 
 class VLLMEngine:
@@ -66,15 +67,19 @@ class VLLMEngine:
             )
         )
         self._core = self._llm.engine_core
-        self._spelling = _Spelling(self._llm.get_tokenizer(), Path(checkpoint))
+        self._spelling = _Spelling(AutoTokenizer.from_pretrained(checkpoint), Path(checkpoint))
         self._version = 0
         self._names = map(str, itertools.count())
         self._rows: dict[str, _Row] = {}  # by vLLM's name for them
         self._inbox: list[_Job] = []
+        self._usage = {"steps": 0, "rows": 0, "prefilled": 0, "seconds": 0.0}
         self._own_noise = False
         self._broken: Exception | None = None
-        if on_cpu:
+        self._tails: KVTails | None = None
+        if on_cpu:  # neither was tried with vLLM's asynchronous scheduling
             self._draw_by_own_noise()
+            scheduler = self._core.engine_core.scheduler
+            self._tails = KVTails(scheduler) if KVTails.fits(scheduler) else None
         self._thread = ThreadPoolExecutor(1, "vllm")
         self._worker: asyncio.Task[None] | None = None
         self._gate = asyncio.Lock()  # held for one step, and from the start of an update to its end
@@ -85,6 +90,19 @@ class VLLMEngine:
         loop = asyncio.get_running_loop()
         label = await loop.run_in_executor(self._thread, self._core.get_weight_version)
         return 0 if label == "default" else int(label)  # vLLM calls the weights it started with "default"
+
+    async def usage(self) -> dict[str, Any]:
+        """What this engine did so far, and what it has room for.
+
+        room: tokens that the KV cache holds, None when it has them for every sequence at once in full length. steps;
+        rows: tokens sampled in them; prefilled: prompt tokens computed; seconds: that it stepped; preempted: sequences
+        whose KV was thrown away to make room for others (None: not counted).
+        """
+        config = self._llm.vllm_config
+        room = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        enough = config.scheduler_config.max_num_seqs * config.model_config.max_model_len
+        preempted = self._tails.preempted if self._tails else None
+        return {**self._usage, "preempted": preempted, "room": None if room >= enough else room}
 
     @property
     def dead(self) -> bool:
@@ -140,11 +158,18 @@ class VLLMEngine:
         for job in jobs:
             self._admit(job)
         complete = []
-        for output in self._core.get_output().outputs:
+        begun = time.perf_counter()
+        outputs = self._core.get_output().outputs
+        self._usage["seconds"] += time.perf_counter() - begun
+        self._usage["steps"] += 1
+        self._usage["rows"] += len(outputs)
+        for output in outputs:
             row = self._rows.get(output.request_id)
             if row is None:  # ended by us before vLLM knew
                 continue
             row.note(output, self._version, self._spelling)
+            if output.prefill_stats is not None:
+                self._usage["prefilled"] += row.prefilled
             cut = output.finish_reason is None and self._spelling.ends_step(row)
             if cut:
                 self._core.abort_requests([output.request_id])
@@ -169,11 +194,16 @@ class VLLMEngine:
             job.rows.append(_Row(job, Noise(seed, code)))
             self._rows[name] = job.rows[-1]
 
+    def _drawn_here(self, sampling: Sampling) -> bool:
+        """Whether our draw tells all log-probabilities that are wanted."""
+        return self._own_noise and sampling.temperature > 0 and not sampling.top
+
     def _draw_by_own_noise(self) -> None:
         """Put our draw where vLLM's is.
 
         vLLM keeps a torch.Generator per seeded request, draws a number per row one by one, and rewinds a generator
-        when a prompt is cut into chunks, which those of the CPU cannot do: the engine dies.
+        when a prompt is cut into chunks, which those of the CPU cannot do: the engine dies. Its log-probabilities, with
+        ranks and a list per row, are asked for only where alternatives are wanted too, or where nothing is drawn.
         """
         runner = self._core.engine_core.model_executor.driver_worker.worker.model_runner
         sampler = runner.sampler.topk_topp_sampler
@@ -183,7 +213,12 @@ class VLLMEngine:
             discarded = runner.discard_request_mask.np  # rows of which only a chunk of the prompt was read
             names = runner.input_batch.req_ids[: len(law_BV)]
             rows = [None if discarded[i] else self._rows.get(name) for i, name in enumerate(names)]
-            return draw(law_BV, [row and row.noise for row in rows]), law_BV
+            tokens_B = draw(law_BV, [row and row.noise for row in rows])
+            logprobs_B = law_BV.gather(1, tokens_B[:, None])[:, 0]
+            for row, *drawn in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+                if row is not None:
+                    row.drawn = drawn
+            return tokens_B, law_BV
 
         sampler.forward = draw_rows
         self._own_noise = True
@@ -198,7 +233,7 @@ class VLLMEngine:
             stop_token_ids=sorted(self._spelling.stops | enders),
             ignore_eos=True,  # the stops say it
             detokenize=False,
-            logprobs=min(sampling.top, self._llm.model_config.get_vocab_size()),  # 0: the sampled token's alone
+            logprobs=None if self._drawn_here(sampling) else min(sampling.top, self._llm.model_config.get_vocab_size()),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # `clone` is a shallow copy
         )
@@ -211,6 +246,8 @@ class VLLMEngine:
     async def start_weight_update(self) -> None:
         """Hold running requests (they go on under the new weights, their prefixes read anew) and open the update."""
         await self._gate.acquire()
+        if self._tails is not None:
+            self._tails.reset_cache()
         self._core.reset_prefix_cache(reset_running_requests=True)
         await self._on_workers("start_weight_update")
 
@@ -259,6 +296,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[Alternative, ...]] = field(default_factory=list)
     changes: list[tuple[int, int]] = field(default_factory=list)  # (version, first token under it)
+    drawn: Sequence[float] = ()  # the last token and its log-probability, where they are drawn here
     prefilled: int = 0
     cached: int = 0
 
@@ -272,6 +310,11 @@ class _Row:
         if not self.changes or self.changes[-1][0] != version:
             self.changes.append((version, len(self.ids)))
         self.ids += output.new_token_ids
+        if output.new_logprobs is None:
+            token, logprob = self.drawn
+            assert output.new_token_ids == [token], f"{output.new_token_ids} came where {token} was drawn"
+            self.logprobs.append(logprob)
+            return
         found = output.new_logprobs  # (tokens, 1 + most alternatives in the batch): the sampled one first
         assert found.logprob_token_ids[:, 0].tolist() == output.new_token_ids, "the sampled token's logprob comes first"
         self.logprobs += found.logprobs[:, 0].tolist()
@@ -299,10 +342,16 @@ class _Spelling:
 
     def __init__(self, tokenizer: Any, checkpoint: Path) -> None:
         self._tokenizer = tokenizer
+        plain = not tokenizer.clean_up_tokenization_spaces and getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = plain or tokenizer  # the same text, with less around it
         self.stops = frozenset(_stops(tokenizer, checkpoint))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 (siblings share what came before them)
+    def _known(self, context: tuple[int, ...]) -> str:
+        return self._decode(context).rstrip("\ufffd")
 
     @lru_cache(maxsize=100_000)  # noqa: B019 (one engine per process)
     def word(self, token: int) -> str:
@@ -311,7 +360,7 @@ class _Spelling:
     def text(self, before: tuple[int, ...], ids: list[int], *, whole: bool) -> str:
         """What `ids` add to the text after `before`. A character cut in half is left to the step that completes it."""
         context = before[-CONTEXT:]
-        known = self._decode(context).rstrip("\ufffd")
+        known = self._known(context)
         text = self._decode([*context, *ids])
         if not whole:
             text = text.rstrip("\ufffd")

@@ -19,8 +19,11 @@ WIDTH = 64  # also the one attention head's size, which vLLM takes on every devi
 NEVER = -60.0  # stands for log 0: 1e-26 of the mass
 
 
-def write_checkpoint(chain: Chain, folder: Path) -> None:
-    """config.json, model.safetensors, and a tokenizer whose tokens are the chain's, joined without spaces."""
+def write_checkpoint(chain: Chain, folder: Path, *, layers: int = 1, inner: int = WIDTH) -> None:
+    """config.json, model.safetensors, and a tokenizer whose tokens are the chain's, joined without spaces.
+
+    layers, inner (width of the feed-forward): more of them change nothing but the time that serving takes.
+    """
     size = len(chain.vocabulary)
     if size > WIDTH:
         raise ValueError(f"the chain has {size} tokens and this llama room for {WIDTH}: use a smaller chain")
@@ -29,8 +32,8 @@ def write_checkpoint(chain: Chain, folder: Path) -> None:
         "model_type": "llama",
         "vocab_size": size,
         "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": 1,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "max_position_embeddings": 2048,
@@ -46,25 +49,23 @@ def write_checkpoint(chain: Chain, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(chain)))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
-    _write_safetensors(_weights(chain), folder / "model.safetensors")
+    _write_safetensors(_weights(chain, layers, inner), folder / "model.safetensors")
 
 
-def _weights(chain: Chain) -> dict[str, np.ndarray]:
+def _weights(chain: Chain, layers: int, inner: int) -> dict[str, np.ndarray]:
     size = len(chain.vocabulary)
     with np.errstate(divide="ignore"):
         table = np.maximum(np.log(chain.transition), NEVER)
     embedding, head = np.zeros((size, WIDTH)), np.zeros((size, WIDTH))
     embedding[:, :size] = np.eye(size)
     head[:, :size] = table.T / math.sqrt(WIDTH)  # the last norm makes a one-hot row sqrt(WIDTH) high
-    layer = "model.layers.0."
-    square = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    norms = [f"{layer}input_layernorm", f"{layer}post_attention_layernorm", "model.norm"]
-    return {
-        "model.embed_tokens.weight": embedding,
-        "lm_head.weight": head,
-        **{f"{layer}{name}.weight": np.zeros((WIDTH, WIDTH)) for name in square},
-        **{f"{name}.weight": np.ones(WIDTH) for name in norms},
-    }
+    weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": np.ones(WIDTH)}
+    shapes = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, WIDTH), "mlp.up_proj": (inner, WIDTH), "mlp.down_proj": (WIDTH, inner)}
+    for layer in (f"model.layers.{i}." for i in range(layers)):
+        weights |= {f"{layer}{name}.weight": np.zeros(shape) for name, shape in shapes.items()}
+        weights |= {f"{layer}{name}.weight": np.ones(WIDTH) for name in ("input_layernorm", "post_attention_layernorm")}
+    return weights
 
 
 def _write_safetensors(tensors: dict[str, np.ndarray], file: Path) -> None:

@@ -15,7 +15,7 @@ ALLOWED = {
     "reasoner": {"rollouts", "verifiers", "search"},
 }
 OWNERS = {  # the only files that may import a heavy dependency
-    "vllm": {"rollouts/vllm_engine.py", "rollouts/shm_transfer.py"},
+    "vllm": {"rollouts/vllm_engine.py", "rollouts/shm_transfer.py", "rollouts/kv_tails.py"},
     "ray": {"rollouts/cluster.py", "reasoner/data_parallel.py"},
     "trl": {"reasoner/learner.py"},
 }

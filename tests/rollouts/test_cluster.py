@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,22 @@ def test_paths_stop_at_steps_at_token_counts_and_at_the_limit(engines):
         sample(engines, [Trajectory((3,), end="stop")])
 
 
+def test_children_compute_one_token_and_know_all_that_came_before(engines, checkpoint):
+    model = load(checkpoint)
+    before = replace(engines.ledger)
+    parents = [path for path in sample(engines, roots(8, seed=3), n=2, until=TOKENS(21)) if path.end is None]
+    children = [path for path in sample(engines, parents, n=3, until=TOKENS(9)) if path.end is None]
+    grandchildren = sample(engines, children, n=2)
+    for path in children + grandchildren:
+        last = path.steps[-1]
+        assert last.cached == path.length + len(path.prompt) - len(last.ids) - 1
+        with torch.no_grad():
+            law = model(input_ids=torch.tensor([path.ids])).logits[0, -len(last.ids) - 1 : -1].float().log_softmax(-1)
+        exact = law.gather(1, torch.tensor(last.ids)[:, None])[:, 0]
+        assert torch.allclose(exact, torch.tensor(last.logprobs), atol=1e-4)
+    assert engines.ledger.prefilled - before.prefilled == 16 * 4 + 3 * len(parents) + 2 * len(children)
+
+
 def test_weights_pushed_in_flight_change_the_logprobs_and_every_token_names_its_version(engines, checkpoint):
     model = load(checkpoint)
     torch.manual_seed(1)
@@ -104,6 +121,7 @@ def test_weights_pushed_in_flight_change_the_logprobs_and_every_token_names_its_
         await asyncio.to_thread(engines.load, export(model), 1)
         return [path for group in await running for path in group]
 
+    old = sample(engines, roots(4, seed=9), until=TOKENS(20))
     before = engines.checksums()
     crossed = asyncio.run(push_while_sampling())
     assert engines.checksums() != before
@@ -113,6 +131,8 @@ def test_weights_pushed_in_flight_change_the_logprobs_and_every_token_names_its_
         assert spans[-1][2] == len(path.steps[0].ids) and [v for v, _, _ in spans] in ([0], [1], [0, 1])
     assert any([v for v, _, _ in path.steps[0].versions] == [0, 1] for path in crossed)
 
+    grown = sample(engines, [path for path in old if path.end is None], until=TOKENS(5))
+    assert {path.steps[1].cached for path in grown} == {0}  # nothing computed by the old weights is used again
     after = sample(engines, roots(12), n=2)
     assert {v for p in after for v, _, _ in p.steps[0].versions} == {1}
     assert distance(model, after) < 1e-4

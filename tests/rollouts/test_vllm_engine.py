@@ -24,29 +24,40 @@ PROBABILITY = dict(CHAIN.paths())
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """Engines on a chain; all end with the module."""
+def start(tmp_path_factory):
+    """Starts engines on a chain."""
     from rollouts.cluster import Engines, cluster
     from rollouts.request import Placement
-
-    started = []
 
     def start(chain, **placement):
         folder = tmp_path_factory.mktemp("toy")
         write_checkpoint(chain, folder)
         place = Placement(**{"max_model_len": 64, "kv_cache_gib": 0.1, **placement})
-        started.append(Engines.start(folder, place, Sampling(max_tokens=12), seed=1))
-        return started[-1]
+        return Engines.start(folder, place, Sampling(max_tokens=12), seed=1)
 
     with cluster("local"):
         yield start
-        for engines in started:
-            engines.stop()
 
 
 @pytest.fixture(scope="module")
-def engine(serve):
-    return serve(CHAIN)
+def engine(start):
+    engines = start(CHAIN)
+    yield engines
+    engines.stop()
+
+
+@pytest.fixture
+def serve(start):
+    """The same for one test: a small machine has room for one more."""
+    started = []
+
+    def serve(*args, **placement):
+        started.append(start(*args, **placement))
+        return started[-1]
+
+    yield serve
+    for engines in started:
+        engines.stop()
 
 
 def run(search, engine, seed=0):
@@ -95,6 +106,44 @@ def test_the_same_seeds_give_the_paths_of_the_engine_in_process(engine, tmp_path
         assert [path.text for path in ours] == [path.text for path in theirs]
         for a, b in zip(ours, theirs, strict=True):
             assert [[t.id for t in row] for row in a.steps[0].top] == [[t.id for t in row] for row in b.steps[0].top]
+
+
+def test_prompts_cut_into_chunks_draw_what_they_draw_alone(serve):
+    engine = serve(CHAIN, max_model_len=512)
+    body = [CHAIN.vocabulary.index(word) for word in ("s0a\n", "s1b\n", "t2c\n")]
+    roots = [Trajectory((*(body[(i + j) % 3] for j in range(300)), CHAIN.start), seed=i) for i in range(60)]
+
+    async def together():
+        return await asyncio.gather(*(engine.extend(root) for root in roots))  # 18,060 tokens, 8,192 to a step
+
+    at_once = [path for (path,) in asyncio.run(together())]
+    assert [path.ids for path in at_once] == [asyncio.run(engine.extend(root))[0].ids for root in roots]
+    for path in at_once:
+        assert path.logprob == pytest.approx(PROBABILITY[path.ids[301:]], abs=1e-4)
+
+
+def test_admission_by_kv_keeps_trees_from_pushing_each_other_out(serve):
+    from rollouts.admission import Admission, need_of
+
+    search = Sample(n=16)
+    engine = serve(CHAIN, max_model_len=512, max_num_seqs=64, kv_cache_gib=0.001)
+    assert 1000 < engine.admission.room < 64 * 512
+    # 222 tokens: six blocks that siblings share, and 30 of a block that each path soon leaves for another.
+    prompts = [(*([11 + i % 5] * 221), CHAIN.start) for i in range(24)]
+
+    async def all_of(room):
+        gate = Admission(room)
+
+        async def one(prompt, seed):
+            async with gate.held(need_of(search, len(prompt), 12)):
+                await explore(search, Trajectory(prompt, seed=seed), engine)
+
+        await asyncio.gather(*(one(prompt, seed) for seed, prompt in enumerate(prompts)))
+        return engine.usage()[0]["preempted"]
+
+    crowded = asyncio.run(all_of(None))
+    assert crowded > 0
+    assert asyncio.run(all_of(engine.admission.room)) == crowded
 
 
 def test_cot_decoding_measures_the_exact_margins(engine):
