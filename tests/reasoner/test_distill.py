@@ -98,7 +98,7 @@ def test_attention_of_an_exact_conversion_has_no_error_layer_by_layer(tmp_path):
 def test_both_parts_heal_and_train_attention_inputs_alone(pair, layerwise):
     student, teacher = pair
     before = {name: p.clone() for name, p in student.named_parameters()}
-    steps = Healing(steps=30, minutes=5, lr=1e-3, layerwise=layerwise, evaluate_every=1e9)
+    steps = Healing(steps=30, minutes=5, lr=1e-2, layerwise=layerwise, evaluate_every=1e9)
     summary = heal(student, teacher, tokens(64), tokens(4, seed=1), steps)
     assert summary["after"]["kl"] < 0.7 * summary["before"]["kl"]
     assert summary["steps"] == 30 and summary["tokens"] == 30 * 4 * 32
@@ -121,7 +121,7 @@ def command(folders, out, *more: str) -> list[str]:
 
 
 def test_command_writes_checkpoint_curve_and_summary(folders, tmp_path, capsys):
-    assert main(command(folders, tmp_path / "healed", "--steps=6", "--lr=1e-3", "--evaluate-every=0.001")) == 0
+    assert main(command(folders, tmp_path / "healed", "--steps=6", "--lr=1e-2", "--evaluate-every=0.001")) == 0
     curve = [json.loads(line) for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["part"] for entry in curve if "loss" in entry] == ["attention_loss"] * 2 + ["soft_label_loss"] * 4
     measured = [entry for entry in curve if "kl" in entry]
@@ -133,7 +133,7 @@ def test_command_writes_checkpoint_curve_and_summary(folders, tmp_path, capsys):
 
 
 def test_student_learns_on_its_own_continuations_too(folders, tmp_path):
-    more = ("--steps=1", "--batch=8", "--lr=5e-3", "--on-policy=12")
+    more = ("--steps=1", "--batch=8", "--lr=1e-2", "--on-policy=12")
     assert main(command(folders, tmp_path / "healed", *more)) == 0
     curve = [json.loads(line) for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in curve if "on_policy_step" in entry]
