@@ -27,34 +27,31 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from rollouts.local_engine import LocalEngine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.json"
 CONFIGS = HERE.parent / "configs"
 TARGETS = (0.5, 0.6, 0.7, 0.8)  # held-out greedy accuracy
 LATENCY = 1.0  # seconds that another machine's engine takes longer for a group
+ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 COPIES = 6  # of the weights, over a run
 
 
-@dataclass(frozen=True)
-class Slowed:
+class Slowed(LocalEngine):
     """An engine whose every answer comes later by a latency that costs this machine nothing."""
 
-    engine: Any
-    seconds: float
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    def at(self, **changes: Any) -> Slowed:
-        return replace(self, engine=self.engine.at(**changes))
+    def __init__(self, engine: LocalEngine, seconds: float) -> None:
+        self.__dict__ |= engine.__dict__
+        self.seconds = seconds
 
     async def extend(self, *arguments: Any, **options: Any) -> Any:
-        paths = await self.engine.extend(*arguments, **options)
+        paths = await super().extend(*arguments, **options)
         await asyncio.sleep(self.seconds)
         return paths
 
@@ -190,7 +187,6 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
 def _evaluation(run: Any, tokenizer: Any, heldout: list, pool: Any, loop: Any) -> Any:
     """Weights to held-out accuracies: greedy, and if asked for the mean of eight samples a task."""
     from reasoner.evaluate import greedily
-    from rollouts.local_engine import LocalEngine
     from rollouts.roll_out import roll_out
     from search.sample import Sample
 
@@ -238,7 +234,7 @@ def in_a_process(what: str, config: Path, overrides: list[str], latency: float =
         out = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "benchmarks.train", "--one", what, str(config), str(latency), str(out)]
         options = [f"out={scratch}/runs", "name=bench", *overrides]
-        subprocess.run([*command, *options], check=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"})
+        subprocess.run([*command, *options], check=True, env=os.environ | ENVIRONMENT)
         return json.loads(out.read_text())
 
 

@@ -89,9 +89,7 @@ def same(run: Path, undisturbed: Path) -> bool:
     return digest(run) == digest(undisturbed)
 
 
-@pytest.mark.parametrize(
-    "words", ["engine    local", "base  ", "training 1/6", "training 2/6", "training 5/6", "final "]
-)
+@pytest.mark.parametrize("words", ["base  ", "training 5/6", "final "])
 def test_a_run_stopped_anywhere_and_resumed_equals_one_never_stopped(tmp_path, cache, undisturbed, words):
     run = begin(tmp_path, cache, screen=Interrupted(words))
     assert not (run / "summary.json").exists()
@@ -117,12 +115,10 @@ def test_a_checkpoint_that_does_not_load_has_one_before_it(tmp_path, cache, undi
     assert same(run, undisturbed)
 
 
-@pytest.mark.parametrize("damage", ["torn", "garbage"])
-def test_a_damaged_end_of_the_journal_is_cut_and_said(tmp_path, cache, undisturbed, damage, capfd):
+def test_a_damaged_end_of_the_journal_is_cut_and_said(tmp_path, cache, undisturbed, capfd):
     run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
     journal = run / "journal.jsonl"
-    whole = journal.read_bytes()
-    journal.write_bytes({"torn": whole[:-40], "garbage": whole[:-40] + b"\n{x\n"}[damage])
+    journal.write_bytes(journal.read_bytes()[:-40] + b"\n{x\n" + bytes(64))
     assert go_on(run) == 0
     assert "cut after its last whole record" in capfd.readouterr().err
     assert same(run, undisturbed)
@@ -153,23 +149,19 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["resume", "begin"])
-def test_a_second_driver_on_a_run_refuses(tmp_path, cache, capsys, how):
+def test_a_second_driver_on_a_run_refuses_to_resume_or_to_begin_it(tmp_path, cache, capsys):
     class Second(Interrupted):
         def say(self, line: str) -> None:
             super().say(line)
             if "training 2/6" in line:
-                again = (
-                    [f"--resume={tmp_path}/quickstart"]
-                    if how == "resume"
-                    else [str(CONFIG), *TINY, f"--out={tmp_path}"]
-                )
-                assert main(["train", *again, *([] if how == "resume" else [f"--cache={cache}"])]) == 2
+                fresh = [str(CONFIG), *TINY, f"--out={tmp_path}", f"--cache={cache}"]
+                assert main(["train", f"--resume={tmp_path}/quickstart"]) == 2
+                assert main(["train", *fresh]) == 2
                 self.error = capsys.readouterr().err
 
     screen = Second()
     run = begin(tmp_path, cache, screen=screen)
-    assert "going on" in screen.error and str(os.getpid()) in screen.error
+    assert screen.error.count("going on") == 2 and str(os.getpid()) in screen.error
     assert (run / "summary.json").exists()
 
 
