@@ -23,6 +23,7 @@ from rollouts.writing import write
 from search.base import END, Alternative, Offer, Sampling, Step, Trajectory, Until
 
 TRIES = 4  # of one request, when the server cannot be reached or is busy
+NEVER = -9999.0  # how the API writes minus infinity
 BUSY = (429, 500, 502, 503, 504)
 
 
@@ -152,7 +153,8 @@ class OpenAIEngine:
 
     def _alternatives(self, row: dict[str, float]) -> tuple[Alternative, ...]:
         """The likeliest first, as the server may not say it."""
-        pairs = sorted(((self._id(token), logprob) for token, logprob in row.items()), key=lambda pair: -pair[1])
+        possible = {token: logprob for token, logprob in row.items() if logprob > NEVER}
+        pairs = sorted(((self._id(token), logprob) for token, logprob in possible.items()), key=lambda pair: -pair[1])
         eos = self._tokenizer.eos_token_id
         words = [self._tokenizer.decode([i], skip_special_tokens=True) for i, _ in pairs]
         return tuple(Alternative(i, lp, word, i == eos) for (i, lp), word in zip(pairs, words, strict=True))

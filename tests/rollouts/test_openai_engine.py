@@ -29,7 +29,7 @@ class Chat:
     """What a server is told and how it answers: the toy chain, as vLLM's server would put it, or with faults."""
 
     def __init__(self):
-        self.bodies, self.faults, self.dialect = [], [], "vllm"
+        self.bodies, self.faults, self.dialect, self.never = [], [], "vllm", {}
 
     def answer(self, body):
         self.bodies.append(body)
@@ -50,7 +50,7 @@ class Chat:
             "logprobs": {
                 "tokens": [name(i) for i in step.ids],
                 "token_logprobs": list(step.logprobs),
-                "top_logprobs": [{name(a.id): a.logprob for a in row} for row in step.top] or None,
+                "top_logprobs": [{name(a.id): a.logprob for a in row} | self.never for row in step.top] or None,
             },
         }
         if self.dialect == "plain" and path.end == "stop":  # a server that keeps the last token to itself
@@ -167,6 +167,12 @@ def test_searches_that_need_alternatives_steps_and_writing_run_on_a_server(engin
     assert same_number(got.answer, "18") and got.mass == pytest.approx(0.5893, abs=4 * 0.035)
     beam = run(Beam(width=3, branch=3, expand="top"), engine)
     assert beam[0].logprob == pytest.approx(max(PROBABILITY.values()), abs=1e-9)
+
+
+def test_alternatives_that_never_come_are_left_out(engine, chat):
+    chat.never = {"token_id:5": -9999.0}
+    (path,) = asyncio.run(engine.at(top=3).extend(CHAIN.root(), until=TOKENS(1)))
+    assert {a.text for a in path.steps[0].top[0]} == {"D\n", "S\n", "T\n"}
 
 
 def test_an_end_that_may_be_a_step_s_is_refused(engine, chat):
