@@ -241,10 +241,14 @@ class PagedDecoder:
     def _admit(self) -> list[_Family]:
         """Seats for those who wait, as many as rows, pages and one prefill take. Their pages are theirs already.
 
-        One page for every row is left alone, so that those who sit can go on for a while.
+        One page for every row is left alone, so that those who sit can go on for a while. Nobody is let in before an
+        eighth of the rows, or seats for all who wait, are free: a pass that reads prompts costs more than one that
+        does not.
         """
         families: dict[tuple[int, ...], _Family] = {}
         seated, size = len(self._seats), self._pages.size
+        if seated and self._rows - seated < min(len(self._queue), self._rows // 8):
+            return []
         longest = 0
         while self._queue and seated < self._rows:
             row, done = self._queue[0]
