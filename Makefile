@@ -3,7 +3,7 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: bench-kills quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-gpu lint clean
+.PHONY: bench-kills quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-engine bench-gpu lint clean
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -58,6 +58,9 @@ bench-convert: setup       ## 13 minutes on two quiet cores
 bench-kills: setup         ## parts of a run killed at random: 15 minutes
 	$(BIN)/python -m benchmarks.kills configs/quickstart.toml --kills 20 --pause 2 --steps=60 --tasks_per_step=16 \
 		--evaluate.tasks=100 --evaluate.n=4 --evaluate.k=4 --checkpoint_every=5 --base.steps=600
+
+bench-engine: setup        ## after `make quickstart`: the in-process engines beside vLLM, the learner's head
+	$(BIN)/python -m benchmarks.engine
 
 bench-gpu:                 ## needs torch, transformers and nvcc alone
 	$(PYTHON) -m benchmarks.gpu

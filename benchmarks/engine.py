@@ -31,7 +31,7 @@ from search.base import END, STEP, Sampling, Trajectory, derive  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 QUESTIONS, CHILDREN, LONGEST, FEW = 32, 8, 72, 48
-ROWS, PROMPT, COMPLETION = 4, 64, 192  # of the head's batch
+ROWS, PROMPT, COMPLETION = 4, 192, 64  # of the head's batch
 WAYS = ("logits", "trl", "ours")
 
 

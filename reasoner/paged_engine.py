@@ -414,7 +414,8 @@ class StepGraphs:
                     decode(self._model, self._cache, *inputs)
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # a learner in another thread may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits_BV = decode(self._model, self._cache, *inputs)
         except RuntimeError as error:
             self._works = False
