@@ -96,7 +96,7 @@ def ours(config: Path, overrides: list[str], latency: float) -> dict[str, Any]:
         if latency:
             stage = replace(stage, engine=Slowed(stage.engine, latency))
         copies = Copies(stage.model, run.steps)
-        train._by_policy_gradient(
+        train.by_policy_gradient(
             stage, tasks, heldout, start, lambda done, note: (copies(done), stage.screen.say(note))
         )
         rows = [json.loads(line) for line in (stage.folder / "metrics.jsonl").open()]

@@ -25,7 +25,7 @@ import psutil
 from reasoner.checkpoints import Position
 from reasoner.config import Learner, Run
 from reasoner.progress import Clock, Screen
-from reasoner.train import Deck, Stage, _feed, steps
+from reasoner.train import Deck, Stage, open_feed, steps
 from rollouts.loop import Loop
 from rollouts.request import Placement
 from search.base import Sampling
@@ -108,7 +108,7 @@ def simulate(folder: Path, count: int, max_lag: int, every: int) -> list[dict[st
         engine = Engine(answer)
         stage = Stage(run, engine, Weights(), Characters(), pool, loop, Clock(), Screen(), folder, engine)
         deck = Deck(tasks, 0)
-        feed = _feed(stage, deck, Position(), stack)
+        feed = open_feed(stage, deck, Position(), stack)
         begin, spent = time.perf_counter(), time.process_time()
 
         def tell(done: int, note: str) -> None:

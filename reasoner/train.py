@@ -190,7 +190,7 @@ def open_stage(
 def _learn_and_measure(stage: Stage, train_tasks: list[Task], heldout: list[Task], start: Start) -> dict[str, Any]:
     """Evaluate, train, evaluate again."""
     run = stage.run
-    learn = _in_rounds if isinstance(run.learner, Star) else _by_policy_gradient
+    learn = _in_rounds if isinstance(run.learner, Star) else by_policy_gradient
     base, first = _remembered(stage, "base") or measure(stage, heldout, "base", step=0)
     with stage.screen.bar("training", run.steps, each=True) as tell:
         more = learn(stage, train_tasks, heldout, start, tell)
@@ -243,9 +243,7 @@ def _choose(stage: Stage, final: dict[str, Any]) -> None:
     stage.screen.say(f"verifier  its choice of {k} samples is right in {found.mean:.1%} of the tasks")
 
 
-def _by_policy_gradient(
-    stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any
-) -> dict[str, Any]:
+def by_policy_gradient(stage: Stage, tasks: list[Task], heldout: list[Task], start: Start, tell: Any) -> dict[str, Any]:
     run = stage.run
     if run.learner.workers > 1:
         from reasoner.data_parallel import learn_together as learn
@@ -255,7 +253,7 @@ def _by_policy_gradient(
     deck = Pools(tasks, run.curriculum, run.seed, start.position.pools) if run.curriculum else Deck(tasks, run.seed)
     base = _base(run, start) if start.trainer else None
     with ExitStack() as stack:
-        feed = _feed(stage, deck, start.position, stack)
+        feed = open_feed(stage, deck, start.position, stack)
         learn(
             stage.model,
             stage.tokenizer,
@@ -291,7 +289,7 @@ def _take_up(stage: Stage, position: Position) -> None:
         push(stage.engine, stage.model, position.version, export)
 
 
-def _feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitStack) -> Feed:
+def open_feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitStack) -> Feed:
     """The run's rollouts, in its journal."""
     run, path = stage.run, stage.folder / "journal.jsonl"
     since = min(position.journal, path.stat().st_size) if path.exists() else 0

@@ -391,12 +391,9 @@ def found(document):
     [
         ("", 22),
         ("least=1", 10),
-        ("most=0", 11),
         ("task=train/5", 4),
-        ("from=1&to=60", 8),
         ("words=WAIT, check", 1),
-        ("task=train/5&least=1", 1),
-        ("words=no such words", 0),
+        ("task=train/5&least=1&from=0&to=60&most=1", 1),
     ],
 )
 def test_a_browser_finds_rollouts_by_score_task_step_and_words(tmp_path, search, expected):
