@@ -281,12 +281,16 @@ async def _whole(engine, chain: Chain, prompts, folder: Path, turns: int) -> lis
 
 
 def _compare(rows: list[dict]) -> None:
-    """Wall-clock of its_hub in its best setting over ours, for the same questions and numbers of paths."""
-    seconds = {row["run"]: statistics.median(row["seconds"]) for row in rows}
+    """its_hub in its fastest setting against ours on the same questions: seconds, and tokens where it drew others."""
+    found = {row["run"]: (statistics.median(row["seconds"]), row["tokens"]) for row in rows}
     for method in ("self-consistency", "best-of-n", "beam 4x4"):
-        theirs = [value for run, value in seconds.items() if run.startswith(f"its_hub: {method}")]
+        theirs = [value for run, value in found.items() if run.startswith(f"its_hub: {method}")]
         if theirs:
-            print(f"{method}: its_hub takes {min(theirs) / seconds[f'ours: {method}']:.2f} times as long")
+            seconds, tokens = min(theirs)
+            ours, drawn = found[f"ours: {method}"]
+            rate = (drawn / ours) / (tokens / seconds)
+            print(f"{method}: its_hub takes {seconds / ours:.2f} of our seconds, {tokens / drawn:.2f} of our tokens")
+            print(f"{'':34}our tokens a second / its: {rate:.2f}")
 
 
 def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
