@@ -16,7 +16,7 @@ from typing import Any
 from reasoner.page import document, down, duration, integer, percent, scale, short, svg
 
 Row = Mapping[str, Any]
-COLOURS = 8
+COLOURS = 9
 
 
 def write_page(folder: Path) -> Path:
@@ -119,7 +119,8 @@ def _curves(summary: Row) -> str:
         f"<figcaption>{legend}</figcaption>{svg(340, 'accuracy against generated tokens per task', shapes, words)}"
         '</figure><p class="note">Generated tokens per task, logarithmic; 95% bands over tasks. Lines: means over '
         "all subsets of independent paths, in closed form for votes and best-of-n, over 50 subsets a task otherwise. "
-        "Points: searches whose paths hang together, at the size that was run.</p></section>"
+        "Points: searches whose paths hang together, at the size that was run. Where several paths share the best "
+        "score, a line takes one of them at random, the table the answer that most of them give.</p></section>"
     )
 
 
@@ -298,7 +299,7 @@ def _node(node: Row, depth: int, wins: bool, verdict: Row | None) -> str:
 
 STYLE = """
 .m0 { --c:var(--final) } .m1 { --c:var(--p3) } .m2 { --c:var(--p5) } .m3 { --c:var(--p1) } .m4 { --c:var(--p4) }
-.m5 { --c:var(--p0) } .m6 { --c:var(--bad) } .m7 { --c:var(--base) }
+.m5 { --c:var(--p0) } .m6 { --c:var(--bad) } .m7 { --c:var(--base) } .m8 { --c:var(--p2) }
 .key { background:var(--c); border-radius:50% }
 .line { stroke:var(--c); stroke-width:2 }
 .area { fill:var(--c); opacity:.13 }
