@@ -13,10 +13,7 @@ Shapes: B paths, L tokens (padded on the right), V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -129,10 +126,9 @@ def train(
     rows: Sequence[Row],
     base: Path,
     *,
-    steps: int = 500,
+    steps: int = 800,
     batch: int = 24,
-    lr: float = 3e-3,
-    deeper: int = 2,
+    lr: float = 8e-4,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Prm:
@@ -140,30 +136,19 @@ def train(
 
     Each step's label is drawn: + with the step's value as its probability, so that the expected loss is that of the
     soft label. A step behind the first wrong one has no label: what is built on an error is neither right nor wrong.
-    deeper: layers put on top (`deepened`) and trained, what is below them stays as it is; 0: the base is trained.
-        Such layers learn from every token besides: + where the base gave it at least 1/2. This teaches at each place
-        what a step's verdict is made of, the comparison of what was expected with what was written.
     """
     from transformers import AutoTokenizer
 
     from reasoner.learner import supervise
 
-    torch.manual_seed(seed)
-    model, tokenizer = deepened(load(base, torch.float32), deeper), AutoTokenizer.from_pretrained(base)
-    if deeper:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_layer(name) >= model.config.num_hidden_layers - deeper or _on_top(name))
+    model, tokenizer = load(base, torch.float32), AutoTokenizer.from_pretrained(base)
     plus, minus = signs(tokenizer)
     noise = torch.Generator().manual_seed(seed)
     inputs, targets = [], []
-    distinct = sorted({(tuple(r["ids"]), r["prompt"], tuple(r["ends"]), tuple(r["values"])) for r in rows})
-    expected = _expected(model, [ids[: ends[-1]] for ids, _, ends, _ in distinct])
-    for (ids, prompt, ends, values), likely in zip(distinct, expected, strict=True):
+    distinct = {(tuple(r["ids"]), tuple(r["ends"]), tuple(r["values"])) for r in rows}
+    for ids, ends, values in sorted(distinct):
         ids = [*ids[: ends[-1]], plus]  # what stands behind the last step is never read
-        mask = [deeper > 0 and i > prompt for i in range(len(ids))]
-        said = [plus, *(plus if each else minus for each in likely)]
-        for end in ends:
-            mask[end] = False
+        mask, said = [False] * len(ids), [plus] * len(ids)
         for end, value in zip(ends, values, strict=True):
             mask[end] = True
             said[end] = plus if torch.rand((), generator=noise) < value else minus
@@ -172,58 +157,9 @@ def train(
         inputs.append((ids, mask))
         targets.append(said)
     with tempfile.TemporaryDirectory() as scratch:
-        options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch), "balance_rate": 0.0}
+        options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "folder": Path(scratch)}
         supervise(model, tokenizer, inputs, targets=targets, progress=progress, **options)
     return Prm(model.eval(), tokenizer, Settings(delimiter=rows[0]["delimiter"]))
-
-
-@torch.inference_mode()
-def _expected(model: Any, paths: Sequence[Sequence[int]]) -> list[list[bool]]:
-    """Whether each token had a probability of at least 1/2 under the model."""
-    found: list[list[bool]] = []
-    for start in range(0, len(paths), ROWS):
-        batch = [torch.tensor(ids) for ids in paths[start : start + ROWS]]
-        ids_BL = pad_sequence(batch, batch_first=True)
-        mask_BL = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
-        said_BL = Prm._said(Prm._law(model, ids_BL, mask_BL), ids_BL)
-        found += [(row[: len(ids)] >= math.log(0.5)).tolist() for row, ids in zip(said_BL, batch, strict=True)]
-    return found
-
-
-@torch.no_grad()
-def deepened(model: Any, extra: int) -> Any:
-    """The model with `extra` layers on top that change nothing yet; without MTP modules, which stood there.
-
-    A judge compares what the model expected with what was written. What it expected is known above its last layer
-    only: one layer more can hold it against the token that came, a second one carries the finding to the step's end.
-    """
-    if not extra:
-        return model
-    config = copy.deepcopy(model.config)
-    first, config.num_hidden_layers = config.num_hidden_layers, config.num_hidden_layers + extra
-    if hasattr(config, "num_mtp_layers"):
-        config.num_mtp_layers = 0
-    deep = type(model)(config).to(model.dtype)
-    state = {name: tensor for name, tensor in model.state_dict().items() if _layer(name) < first}
-    for place in range(extra):  # to begin with, they look where the lowest layers look: at the token before, say
-        source = min(1 + place, first - 1)
-        lowest = {name: tensor for name, tensor in state.items() if _layer(name) == source}
-        state |= {n.replace(f".layers.{source}.", f".layers.{first + place}."): t for n, t in lowest.items()}
-    deep.load_state_dict(state, strict=False)
-    for name, tensor in deep.state_dict().items():
-        if _layer(name) >= first and ("o_proj" in name or "down_proj" in name):
-            tensor.zero_()  # what they add to the residual stream
-    return deep
-
-
-def _on_top(name: str) -> bool:
-    """The last norm and the head."""
-    return _layer(name) < 0 and "embed" not in name
-
-
-def _layer(name: str) -> int:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
 
 
 _loaded = lru_cache(maxsize=1)(Prm.load)

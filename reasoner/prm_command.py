@@ -43,10 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = verb("train", _train, "train a generative model on labelled steps: + or - behind each step")
     sub.add_argument("labels", type=Path, help="a file that `reasoner prm label` wrote")
     sub.add_argument("--base", type=Path, required=True, help="folder of the checkpoint to start from")
-    sub.add_argument("--steps", type=int, default=500)
+    sub.add_argument("--steps", type=int, default=800)
     sub.add_argument("--batch", type=int, default=24, help="paths per step")
-    sub.add_argument("--lr", type=float, default=3e-3)
-    sub.add_argument("--deeper", type=int, default=2, help="layers put on top of the base (default: 2)")
+    sub.add_argument("--lr", type=float, default=8e-4)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, required=True)
 
@@ -142,7 +141,7 @@ def _train(args: argparse.Namespace) -> None:
     if not (args.base / "config.json").is_file():
         raise ConfigError(f"--base {args.base} has no config.json: give the folder of a checkpoint")
     with Screen().bar("process reward model", args.steps) as tell:
-        options = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "deeper": args.deeper, "seed": args.seed}
+        options = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
         prm = train(rows, args.base, progress=lambda step, loss: tell(step, f"loss {loss:.3f}"), **options)
     prm.save(args.out)
     print(f"written: {args.out}")

@@ -12,8 +12,8 @@ import torch
 from reasoner import prm as prm_module
 from reasoner.__main__ import main
 from reasoner.credit import Process, assign
-from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, load, save
-from reasoner.prm import Prm, Settings, bench, deepened, ece, measured, tokenised, train
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, save
+from reasoner.prm import Prm, Settings, bench, ece, measured, tokenised, train
 from rollouts.base import Group, Rollout
 from rollouts.local_engine import LocalEngine
 from rollouts.score import ProcessModel, question_of
@@ -82,7 +82,7 @@ def trained(tmp_path_factory):
     for _ in range(300):
         steps = [f"{noise.randrange(10)}+{noise.randrange(10)}={noise.randrange(10)}" for _ in range(3)]
         rows.append(labelled(steps, next((i for i, s in enumerate(steps) if "9" in s), -1)))
-    judge = train(rows[:220], folder / "base", steps=60, batch=16, lr=1e-2, deeper=0)
+    judge = train(rows[:220], folder / "base", steps=60, batch=16, lr=1e-2)
     judge.save(folder / "judge")
     return folder, rows[220:], judge
 
@@ -94,23 +94,6 @@ def test_a_generative_judge_learns_from_labels_and_is_measured_on_others(trained
     assert result["right"] + result["wrong"] == len(rows) and result["wrong_of_several_steps"] == result["wrong"]
     again = bench(rows, Prm.load(folder / "judge"))
     assert again["f1"] == result["f1"]
-
-
-def test_layers_on_top_change_nothing_until_they_are_trained_and_what_is_below_stays(trained):
-    folder, rows, _ = trained
-    base = load(folder / "base")
-    ids = torch.randint(3, len(TOKENIZER), (2, 12))
-    with torch.no_grad():
-        torch.testing.assert_close(deepened(base, 2).eval()(input_ids=ids).logits, base(input_ids=ids).logits)
-    judge = train(rows[:16], folder / "base", steps=2, batch=8, lr=1e-2, deeper=2)
-    below = {name: t for name, t in base.state_dict().items() if ".layers." in name or "embed" in name}
-    learned = judge.model.state_dict()
-    assert below and all(torch.equal(learned[name], tensor) for name, tensor in below.items())
-    assert judge.model.config.num_hidden_layers == base.config.num_hidden_layers + 2
-    assert any(learned[name].abs().sum() > 0 for name in learned if "layers.3" in name and "o_proj" in name)
-    judge.save(folder / "deep")
-    places = [tokenised(r, TOKENIZER, "\n") for r in rows[:4]]
-    assert Prm.load(folder / "deep").values(places) == judge.values(places)
 
 
 def test_its_values_are_the_steps_credit_of_a_group(trained):
