@@ -2,7 +2,7 @@
 
     starting -> updating -> serving <-> updating      one line: a seat, through the lives of the engines that fill it
         ^                      | died, hung, or answered with wrong weights
-        +---- restarting <-----+---- dead: three lives in a row failed, or no node has room; tried again now and then
+        +---- restarting <-----+---- dead: three starts in a row failed, or no node has room; tried again now and then
 
 A restarted engine holds the weights of its checkpoint. It gets the newest ones, its version and its checksums are
 checked, and only then it gets work; what its predecessor was asked is asked again with the same seeds.
@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol
 from rollouts.request import Replies, Reply, Request
 from search.tree import Ledger
 
-STRIKES = 3  # lives in a row that did no good, after which an engine counts as dead
+STRIKES = 3  # starts in a row that failed, after which an engine counts as dead
 TRIES = 5  # engines that may be lost over one request before the request itself is blamed
 MEMORY = 1000  # events kept for whoever starts recording later
 
@@ -249,7 +249,8 @@ class Fleet:
             while True:
                 try:
                     await self._bring_up(seat)
-                    raise Lost(await seat.lost)
+                    seat.strikes = 0  # an engine that serves and is lost is no failed start: requests count its losses
+                    why = await seat.lost
                 except NoRoom as error:
                     seat.strikes = STRIKES
                     why = str(error)
@@ -258,7 +259,7 @@ class Fleet:
                     seat.strikes = STRIKES if hopeless else seat.strikes + 1
                     why = str(error)
                 self._bury(seat, why)
-                await asyncio.sleep(self._deadlines.retry if seat.state == "dead" else seat.strikes - 1)
+                await asyncio.sleep(self._deadlines.retry if seat.state == "dead" else max(0, seat.strikes - 1))
                 seat.restarts += 1
         except Exception as error:  # our own mistake: nobody may be left waiting for it
             self._break(error)
@@ -291,7 +292,6 @@ class Fleet:
             said = await self._ask(seat, "ready", limit=self._deadlines.beat)
             if not before <= said <= seat.loading:
                 raise Lost(f"it serves weights of version {said}, not {seat.version}")
-            seat.strikes = 0
 
     def _bury(self, seat: _Seat, why: str) -> None:
         """End this life, and ask others what it was asked."""

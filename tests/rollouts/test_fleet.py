@@ -231,8 +231,22 @@ def test_a_request_that_every_engine_dies_of_is_blamed_in_the_end(fleet):
     settled(fleet, 0)  # nothing else suffers
 
 
-def test_engines_that_die_at_once_whatever_they_are_asked_are_given_up(fleet):
-    fleet = fleet({0: {"extend": "dies before"}}, count=1, every=60, retry=60)
+LONG = next(i for i in range(100) if len(undisturbed([i])[0]) == 24)  # the seed of an answer of 48 ms
+
+
+def test_an_engine_that_is_lost_again_and_again_while_it_serves_is_replaced_each_time(fleet):
+    """Its node dies, its first successor with it, and the second one soon after it is back: no reason to give up."""
+    fleet = fleet({(0, life): {"ready": "dies before"} for life in (1, 2)}, count=1, every=60, retry=60)
+    for lives in (3, 4, 5):
+        fleet._host.now[0].gone.set()
+        answers = asyncio.run(ask(fleet, LONG))
+        assert [s.ids for s in steps(answers)] == undisturbed([LONG])
+        assert fleet.states()[0].restarts == lives
+
+
+def test_an_engine_that_cannot_be_started_again_is_given_up(fleet):
+    fleet = fleet({(0, life): {"ready": "dies before"} for life in (1, 2, 3)}, count=1, retry=60)
+    fleet._host.now[0].gone.set()
     with pytest.raises(ClusterError, match="no engine is left: engine 0: it died"):
         asyncio.run(ask(fleet, 1))
 
@@ -287,9 +301,6 @@ def test_a_hung_engine_is_named_with_what_it_did_not_do_and_holds_no_push_back_f
     fleet.push(weights(1))
     assert any("hung: finish_weight_update of engine 0 took more than 0.5 s" == e.why for e in fleet._events)
     settled(fleet, 1)
-
-
-LONG = next(i for i in range(100) if len(undisturbed([i])[0]) == 24)  # the seed of an answer of 48 ms
 
 
 def test_a_cancelled_request_is_not_asked_again(fleet):
