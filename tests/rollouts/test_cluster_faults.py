@@ -131,7 +131,7 @@ def test_engine_killed_during_a_push_comes_back_with_the_new_weights(engines):
 @pytest.mark.slow
 def test_engine_of_a_killed_node_moves_or_leaves_its_work_to_the_rest(engines, nodes):
     settled(engines, 2)
-    first = nodes.worker_nodes[0]
+    (first,) = nodes.worker_nodes
     spare = nodes.add_node(**ONE)
     nodes.wait_for_nodes()
 
