@@ -57,7 +57,7 @@ KERNEL(block) route(const float* logits, const float* bias, i64* chosen_out, flo
                     second = second < other_second ? other_second : second;
                     second = second < low ? low : second;
                 }
-                if (lane() == g) of_lane.value = first + second;
+                if (lane() == g) of_lane.value = size > 1 ? first + second : first;
             }
             unsigned open = 0;
             for (int n = 0; n < open_groups; ++n) {
