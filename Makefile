@@ -3,7 +3,8 @@ PYTHON ?= python3
 LOCK ?= requirements/cpu.lock
 BIN := .venv/bin
 
-.PHONY: bench-kills quickstart test setup test-slow test-gpu bench-quickstart bench-verifiers bench-search bench-train bench-week bench-learning bench-prm bench-model bench-convert bench-engine bench-gpu lint clean
+.PHONY: quickstart test setup test-slow test-gpu lint clean bench-quickstart bench-verifiers bench-search bench-train bench-week \
+	bench-kills bench-learning bench-prm bench-model bench-convert bench-engine bench-gpu
 
 quickstart: setup          ## train a small model to reason, on this machine, in minutes
 	$(BIN)/reasoner train configs/quickstart.toml
@@ -35,7 +36,7 @@ bench-verifiers: setup
 	$(BIN)/python -m benchmarks.verifiers
 
 bench-train: setup         ## against TRL's own trainer, and rollouts ahead of the learner; FULL=1 for more rounds
-	$(BIN)/python -m benchmarks.train $(if $(FULL),--seeds 3)
+	$(BIN)/python -m benchmarks.train $(if $(FULL),--full)
 
 bench-week: setup          ## 10,000 steps around a scripted engine: what grows, and what a step costs the driver
 	$(BIN)/python -m benchmarks.week
