@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,25 +60,44 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with _served(model):
+        try:
+            _write(model, tokenizer, fresh)
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+                os.replace(folder, old)
+                os.replace(fresh, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def _served(model: PreTrainedModel) -> Iterator[None]:
+    """Trainers switch the cache off in the config; who loads the checkpoint would decode without one."""
+    configs = [config for config in (model.config, model.generation_config) if config is not None]
+    before = [config.use_cache for config in configs]
     try:
-        if isinstance(model, ReasonerForCausalLM):
-            weights = {name: t.clone() if SHARED.fullmatch(name) else t.contiguous() for name, t in export(model)}
-            save_file(weights, fresh / "model.safetensors", {"format": "pt"})
-            _write_config(model, fresh)
-            model.generation_config.save_pretrained(fresh)
-        else:
-            model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        fresh.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, folder)
+        for config in configs:
+            config.use_cache = True
+        yield
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    if isinstance(model, ReasonerForCausalLM):
+        weights = {name: t.clone() if SHARED.fullmatch(name) else t.contiguous() for name, t in export(model)}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        _write_config(model, folder)
+        model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    folder.chmod(0o755)
 
 
 def _write_config(model: ReasonerForCausalLM, folder: Path) -> None:

@@ -131,6 +131,17 @@ def test_saving_again_replaces_the_checkpoint(folder):
     assert os.listdir(folder.parent) == [folder.name]
 
 
+def test_a_checkpoint_decodes_with_a_cache_although_its_trainer_had_none(tmp_path):
+    model = tiny()
+    model.config.use_cache = model.generation_config.use_cache = False  # as trainers leave it
+    save(model, char_tokenizer(ALPHABET), tmp_path / "checkpoint")
+    assert not model.config.use_cache
+    again, widths = load(tmp_path / "checkpoint").eval(), []
+    again.model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(args[0].shape[1]), with_kwargs=True)
+    again.generate(torch.full((2, 5), 4), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert widths == [5, 1, 1]
+
+
 def test_export_copies_nothing():
     model = tiny()
     for _, tensor in export(model):
