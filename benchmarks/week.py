@@ -70,6 +70,8 @@ class Characters:
 class Weights:
     """A model with nothing to compute."""
 
+    config = generation_config = None
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
