@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Protocol
 
 from rollouts.base import Group, Rollout
-from search.base import Trajectory, derive
+from search.base import Decode, Trajectory, derive, step_ends
 from search.marginal import estimate
 from verifiers import get
 from verifiers.base import Verdict
 
-Decode = Callable[[Sequence[int]], str]
 WITHOUT_STEPS = frozenset({"math", "code", "arc", "reasoning_gym"})  # verifiers that give no step scores
 
 
@@ -246,20 +244,6 @@ def _step_scores(rollout: Rollout) -> tuple[float, ...]:
     if not all(map(math.isfinite, steps)):
         raise ValueError(f"task {task.id}: verifier {task.verifier} gave the step scores {steps}: mend the verifier")
     return steps
-
-
-def step_ends(path: Trajectory, delimiter: str, decode: Decode | None) -> list[int]:
-    """For each step of a response, how many tokens of it lie up to the step's end.
-
-    A token belongs to the step of its first character; a step inside one token has none. What ends the path without a
-    delimiter belongs to the last step, the end-of-sequence token too.
-    """
-    ids = path.ids[len(path.prompt) :]
-    count = path.text.count(delimiter)
-    assert decode is not None or not count, "steps inside a path need decode"
-    reach = range(1, len(ids) + 1)
-    ends = [1 + bisect_left(reach, k, key=lambda n: decode(ids[:n]).count(delimiter)) for k in range(1, count + 1)]
-    return [*ends[:-1], len(ids)] if path.text.endswith(delimiter) else [*ends, len(ids)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reasoner.credit import Decode, step_ends
 from rollouts.base import Group, Rollout
-from search.base import Engine, Step, Trajectory, derive
+from search.base import Decode, Engine, Step, Trajectory, derive, step_ends
 from search.export import step_labels
 from verifiers.base import Verdict
 from verifiers.process import first_wrong, step_scores

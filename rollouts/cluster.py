@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -149,6 +149,9 @@ class Engines:
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
         return write(self._host.tokenizer, path, text, turn=turn)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._host.tokenizer.decode(ids, skip_special_tokens=True)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """`n` continuations of `path`; see `search.base.Engine`."""

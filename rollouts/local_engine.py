@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Protocol
@@ -89,6 +89,9 @@ class LocalEngine:
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
         return write(self._words.tokenizer, path, text, turn=turn)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._words.text(ids)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """See `search.base.Engine`. The limit is `max_tokens` or what the model can still read, whichever is nearer."""

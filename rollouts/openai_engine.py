@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,9 @@ class OpenAIEngine:
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         """See `search.base.Engine`. Raises ValueError for text that the vocabulary cannot spell."""
         return write(self._tokenizer, path, text, turn=turn)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         """See `search.base.Engine`. Raises ServerError with what the server lacks or said."""

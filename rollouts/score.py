@@ -4,7 +4,8 @@ A score that is bound for an evaluation gets a `Question`, a type without the re
 reference ever goes through. A score that needs the answer key (`verifier`) is another type, and only `WithKey` takes
 it: `Open` refuses it when it is made. `roll_out` calls either; evaluation accepts `Open` alone.
 What this does not stop: code in this process that looks through the interpreter itself (other frames, `gc`).
-Knows no Ray, no vLLM, no config. Neighbours: `search.self_score`, `verifiers.process`; `roll_out` is the caller.
+Knows no Ray, no vLLM, no config. Neighbours: `search.self_score`, `search.confidence`, `verifiers.process`; `roll_out`
+is the caller.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cache
 from typing import ClassVar, Protocol
 
 from search.base import Engine, Score, Search, Trajectory, bind
+from search.confidence import StepConfidence
 from search.self_score import ASK, SelfScore
 from verifiers import Pool, get
 from verifiers.base import Message, Task
@@ -105,6 +107,33 @@ class SelfJudgement:
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """The policy's own confidence: of each step the probability of its least probable token, joined over the steps.
+
+    Read from the log-probabilities that the path was drawn with: no token is generated or read for it. Of a path that a
+    search wrote into, what follows the last written part counts.
+    """
+
+    join: str = "min"  # min | mean | product | last, over the steps so far
+    checkpoint: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        StepConfidence(self.join, "", None)
+
+    def check(self, engine: Engine) -> None:
+        if "logprobs" not in engine.offers:
+            raise ValueError(
+                "it is made of the sampler's log-probabilities, and this engine gives none: use an engine that offers "
+                "'logprobs', or score.kind = 'process'"
+            )
+        if self.join != "min":
+            _require_steps(engine)
+
+    def open(self, question: Question, engine: Engine, pool: Pool) -> Score:
+        return StepConfidence(self.join, engine.sampling.step, engine.decode)
+
+
+@dataclass(frozen=True)
 class ProcessModel:
     """A trained process reward model: its + or - behind the path, one token (`reasoner prm train`).
 
@@ -182,6 +211,7 @@ def _require_steps(engine: Engine) -> None:
 SCORES: dict[str, type[ScoreKind]] = {
     "process": Process,
     "self": SelfJudgement,
+    "confidence": Confidence,
     "prm": ProcessModel,
     "verifier": VerifierScore,
 }
@@ -232,7 +262,7 @@ def refuse_key(score: ScoreKind | None) -> None:
     if score is not None and not hasattr(score, "open"):
         raise ValueError(
             f"a {type(score).__name__} reads the answer key, and an evaluation that searches with the key measures "
-            "nothing: use score.kind = 'process' or 'self', or keep 'verifier' for training"
+            "nothing: use score.kind = 'process', 'self' or 'confidence', or keep 'verifier' for training"
         )
 
 

@@ -8,7 +8,8 @@ task against `Engine`; `rollouts` makes `Engine` real and runs many tasks at onc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -149,7 +150,12 @@ class Engine(Protocol):
         """
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        ...
 
+
+Decode = Callable[[Sequence[int]], str]  # text of token ids, without special tokens
 Score = Callable[[Trajectory], Awaitable[float]]  # bound by the caller: a search never sees the reference answer
 
 
@@ -220,6 +226,20 @@ def bind(search: Search, answer: Callable[[str], str | None], equal: Callable[[s
     """The search with the task's own reading of answers, if it looks at answers at all (like the score, no knob)."""
     fields = {"answer": answer, "equal": equal}
     return replace(search, **{name: value for name, value in fields.items() if hasattr(search, name)})
+
+
+def step_ends(path: Trajectory, delimiter: str, decode: Decode | None) -> list[int]:
+    """For each step of a response, how many tokens of it lie up to the step's end, however it was drawn.
+
+    A token belongs to the step of its first character; a step inside one token has none. What ends the path without a
+    delimiter belongs to the last step, the end-of-sequence token too.
+    """
+    ids = path.ids[len(path.prompt) :]
+    count = path.text.count(delimiter)
+    assert decode is not None or not count, "steps inside a path need decode"
+    reach = range(1, len(ids) + 1)
+    ends = [1 + bisect_left(reach, k, key=lambda n: decode(ids[:n]).count(delimiter)) for k in range(1, count + 1)]
+    return [*ends[:-1], len(ids)] if path.text.endswith(delimiter) else [*ends, len(ids)]
 
 
 def again(path: Trajectory, turn: int) -> Trajectory:

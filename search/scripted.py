@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from search.base import END, Engine, Offer, Sampling, Step, Trajectory, Until, derive
@@ -64,6 +64,9 @@ class Scripted:
         added = Step(tuple(map(ord, text)), (0.0,) * len(text), text, sampled=False)
         return replace(path, steps=(*steps, added), end=None, seed=derive(path.seed, "write", text))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, filter(None, ids)))
+
 
 @dataclass(frozen=True)
 class Jittered:
@@ -85,6 +88,9 @@ class Jittered:
 
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         return self.engine.write(path, text, turn=turn)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.engine.decode(ids)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         for _ in range(self.random.randrange(6)):

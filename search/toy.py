@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -121,6 +121,9 @@ class ChainEngine:
 
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         raise ValueError("the toy chain has no tokenizer: it cannot write text into a path")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.chain.vocabulary[i] for i in ids)
 
     def _grow(self, path: Trajectory, child: int, code: float | None, until: Until) -> Trajectory:
         seed = derive(path.seed, child)

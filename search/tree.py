@@ -98,6 +98,9 @@ class Tree:
     def write(self, path: Trajectory, text: str, *, turn: bool = False) -> Trajectory:
         return self.engine.write(path, text, turn=turn)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.engine.decode(ids)
+
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         room = max(1, self.sampling.max_tokens - path.length)
         most = min(room, until.tokens) if until.kind == "tokens" else room
@@ -349,6 +352,11 @@ class Replay:
         if self.engine is None:
             raise ValueError("this replay has no engine, so no tokenizer to write with: pass engine=")
         return self.engine.write(path, text, turn=turn)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if self.engine is None:
+            raise ValueError("this replay has no engine, so no tokenizer to read with: pass engine=")
+        return self.engine.decode(ids)
 
     async def extend(self, path: Trajectory, *, n: int = 1, until: Until = END) -> list[Trajectory]:
         wanted = (key(path), [until.kind, until.tokens], _sampling_row(self.sampling))

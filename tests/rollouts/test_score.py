@@ -2,14 +2,26 @@
 
 import asyncio
 import gc
+import math
 import types
+from dataclasses import replace
 
 import pytest
 
 from rollouts.roll_out import roll_out
-from rollouts.score import Open, Process, Question, SelfJudgement, VerifierScore, WithKey, question_of, whole_steps
+from rollouts.score import (
+    Confidence,
+    Open,
+    Process,
+    Question,
+    SelfJudgement,
+    VerifierScore,
+    WithKey,
+    question_of,
+    whole_steps,
+)
 from search import Adaptive, Beam, BestOf, Mcts
-from search.base import Sampling, Step, Trajectory
+from search.base import END, Sampling, Step, Trajectory
 from search.sample import Sample
 from search.scripted import Scripted
 from verifiers import Pool
@@ -162,6 +174,76 @@ def test_a_path_that_ran_into_the_limit_is_worth_nothing_and_one_that_goes_on_it
     values = [("Answer: 5", "stop"), ("Answer: 6", "stop"), ("Answer: 5", "length"), ("3+4=7\n", None)]
     found = [asyncio.run(score(path((text, True), end=end))) for text, end in values]
     assert found == [1.0, 0.0, 0.0, 1.0]
+
+
+def sure(*steps: str, end: str | None = None, doubts: dict[int, float] = {}, whole: bool = False, written: str = ""):  # noqa: B006
+    """A path whose tokens were certain but for `doubts`: probability by position in the text."""
+    text = "".join(steps)
+    logprobs = [math.log(doubts.get(i, 1.0)) for i in range(len(text))]
+    cuts = [text] if whole else steps
+    made, at = [Step(tuple(map(ord, written)), (0.0,) * len(written), written, sampled=False)] if written else [], 0
+    for piece in cuts:
+        ids = tuple(map(ord, piece))
+        made.append(Step(ids, tuple(logprobs[at : at + len(piece)]), piece))
+        at += len(piece)
+    return Trajectory((1,), tuple(made), end=end)
+
+
+def confident(path: Trajectory, join: str = "min") -> float:
+    made = engine(WORKED)
+    return asyncio.run(Confidence(join).open(question_of(task()), made, None)(path))
+
+
+def test_a_slip_and_a_guess_are_worth_less_than_sure_work():
+    slip = {3: 0.2}  # a digit that the model gave 20%
+    assert confident(sure("3+9=1\n", "7\n", doubts=slip)) == pytest.approx(0.2)
+    assert confident(sure("3+4=7\n", "5\n")) == 1.0
+    assert confident(sure("Answer: 7", end="stop", doubts={8: 0.1})) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("join", "value"), [("min", 0.2), ("mean", 1.7 / 3), ("product", 0.1), ("last", 0.5)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_confidence_joins_the_least_sure_token_of_each_step_however_the_path_was_drawn(join, value, whole):
+    drawn = sure("3+4=7\n", "7-2=5\n", "5", doubts={2: 0.2, 4: 0.9, 12: 0.5}, whole=whole)
+    assert confident(drawn, join) == pytest.approx(value)
+
+
+def test_what_a_search_wrote_is_no_confidence_of_the_model():
+    assert confident(sure("7\n", doubts={0: 0.4}, written="check\n"), "mean") == pytest.approx(0.4)
+    before = sure("3+4=8\n", doubts={4: 0.1})
+    written = engine(WORKED).write(before, "check\n")
+    assert confident(before) == pytest.approx(0.1) and confident(written) == 1.0
+
+
+def test_confidence_guides_a_beam_to_what_the_model_is_sure_of(pools):
+    class Doubtful(Scripted):
+        """Gives what it blurts a probability of 10% a token."""
+
+        async def extend(self, path, *, n=1, until=END):
+            kids = await super().extend(path, n=n, until=until)
+            return [unsure(kid) if kid.text.startswith("Answer") else kid for kid in kids]
+
+    def unsure(kid):
+        last = replace(kid.steps[-1], logprobs=(math.log(0.1),) * len(kid.steps[-1].ids))
+        return replace(kid, steps=(*kid.steps[:-1], last))
+
+    made = Doubtful(engine(WORKED, BLURTED).reply, Sampling(max_tokens=60))
+    guide = Open(pools[1], made, Confidence())
+    (group,) = asyncio.run(roll_out([task()], Beam(1, 4), made, pools[0], Letters(), seed=0, guide=guide))
+    assert [r.trajectory.text for r in group.rollouts] == [WORKED]
+
+
+def test_confidence_is_refused_without_log_probabilities():
+    mute = replace(engine(WORKED), offers=frozenset({"write"}))
+    with pytest.raises(ValueError, match="log-probabilities.*'logprobs'.*'process'"):
+        Confidence().check(mute)
+    with pytest.raises(ValueError, match="sampling.step is empty"):
+        Confidence("mean").check(engine(WORKED).at(step=""))
+    with pytest.raises(ValueError, match="join='sum' is none of last, min"):
+        Confidence("sum")
+    untold = sure("7", doubts={0: math.nan})
+    with pytest.raises(ValueError, match="no log-probability of a token of '7'"):
+        confident(untold)
 
 
 def test_a_score_says_what_its_engine_lacks():
