@@ -13,7 +13,7 @@ A tree is a tuple whose first entry names its kind:
     ("pct", a)  ("deg", a)  ("unit", a, unit)  ("based", digits, base)  ("ratio", *t)
     ("tuple", *t)  ("bracket", *t)  ("set", *t)  ("list", *t)  ("interval", lo, hi, lo_closed, hi_closed)
     ("union", *t)  ("meet", *t)  ("minus", a, b)  ("matrix", rows)  ("rel", operators, *t)  ("reals",)  ("empty",)
-
+    ("both", *t)                    inequalities joined by "and" alone; other neighbours are a "list"
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ CHARACTERS, TOKENS, DEPTH, DIGITS = 2000, 500, 40, 1000  # bounds on what is rea
 
 RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "∈", "≈")
 LABEL = 12  # tokens of a unit
+_NUMERAL = re.compile(r"(?<![A-Za-z^\d-])\d")  # no exponent: a label with a number in it holds a second answer
 _NO_LABEL = frozenset(  # words after a number that change it
-    "not no isn't to is are was or if plus minus times over by divided factorial choose more less than half "
+    "not no isn't to or is are was or if plus minus times over by divided factorial choose more less than half "
     "halves third thirds fourth fourths quarter quarters fifth fifths "
     "tenth tenths squared cubed root negative except but between wrong incorrect maybe possibly through either".split()
 )
@@ -95,8 +96,14 @@ _PRIME = re.compile(r"\^\s*\{?\s*(\\prime\s*|')+\}?")
 _SKIP = re.compile(
     r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?|"
     r"(?<!\\)\\(?:displaystyle|textstyle|scriptstyle|limits|"
-    r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|,|;|:|>|"
-    r"!| |quad|qquad|enspace|thinspace|newline)(?![A-Za-z])|~|&nbsp;"
+    r"nolimits|mathstrut|strut|hfill|phantom\{[^{}]*\}|label\{[^{}]*\}|tag\{[^{}]*\}|hspace\*?\{[^{}]*\}|"
+    r"quad|qquad|enspace|thinspace|newline|(?:bf|rm|it|sf|large|Large|normalsize|small)(?!\s*\{))(?![A-Za-z])|"
+    r"(?<!\\)\\[,;:>! ]|~|&nbsp;"
+)
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{)?\s*(st|nd|rd|th)\s*\}{0,2}(?![A-Za-z])")
+_OUTWARD = re.compile(  # ]0,1[ is (0,1), [0,1[ is [0,1)
+    r"(?P<open>(?:^|[∪∩∖∈=,]|\\(?:cup|cap|setminus|in)(?![A-Za-z]))\s*)?(?P<left>[\[\]])(?P<ends>[^\[\],]+,[^\[\],]+)"
+    r"(?P<right>[\[\]])(?=\s*(?:$|[∪∩∖,;]|\\(?:cup|cap|setminus)(?![A-Za-z])))"
 )
 _CELSIUS = re.compile(
     r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))"
@@ -109,7 +116,7 @@ _UNIT_FRACTION = re.compile(
 _TEXT = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathbf|mathit|mathsf|mathtt|"
     r"mathcal|mathscr|operatorname\*?|boldsymbol|bm|rm|emph|underline|vec|"
-    r"color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{([^{}]*)\}"
+    r"color\{\w+\}|textcolor\{\w+\}|mathop)(?![A-Za-z])\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?)|\\(?P<cmd>[A-Za-z]+)|"
@@ -148,9 +155,20 @@ def normalise(text: str) -> str:
         text = _PRIME.sub("'", text) if "prime" in text else text
         text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text) if "frac" in text else text
         text = _MICRO.sub(r"\\text{mu\1}", _OHM.sub(r"\\text{ohm}", text))
+    text = _ORDINAL.sub(r"\1", text) if "^" in text else text
+    if text.count("[") != text.count("]") or re.match(r"[^\[]*\]", text):
+        text = _OUTWARD.sub(_inward, text)
     if "circ" in text or "°" in text:
         text = _CELSIUS.sub(r" \\text{deg\1\2}", text)
     return text
+
+
+def _inward(match: re.Match[str]) -> str:
+    """An interval in the notation that turns the bracket of an open end outwards, in the other notation."""
+    if match["left"] == "]" and match["open"] is None:
+        return match[0]  # this bracket closes another one
+    left, right = "[("[match["left"] == "]"], "])"[match["right"] == "["]
+    return f"{match['open'] or ''}{left}{match['ends']}{right}"
 
 
 class Token:
@@ -174,10 +192,10 @@ def tokens(text: str, *, thousands: bool = True) -> list[Token]:
         if text[at] == "\\":
             words = _TEXT.match(text, at)
             if words:
-                content = words.group(1).strip()
+                content = words.group(1).strip().replace("{", "").replace("}", "")
                 at = words.end()
-                if content in ("%", "\\%"):
-                    found.append(Token("op", "%", True))
+                if content.lstrip("\\") in ("%", "$"):
+                    found.append(Token("op", content.lstrip("\\"), True))
                 elif content:
                     found.append(Token("text", content, True))
                 spaced = True
@@ -260,18 +278,24 @@ class _Reader:
     # -- statements: separators, relations, sets ------------------------------------------------------------------
 
     def statements(self) -> Tree:
-        items = [self.statement()]
-        while self.separator():
+        items, words = [self.statement()], set()
+        while word := self.separator():
             if self.here is None:
                 break
+            words.add(word)
             items.append(self.statement())
-        return items[0] if len(items) == 1 else ("list", *items)
+        if len(items) == 1:
+            return items[0]
+        together = words == {"and"} and all(item[0] == "rel" and item[1] != ("=",) for item in items)
+        return ("both" if together else "list", *items)
 
-    def separator(self) -> bool:
-        start = self.at
+    def separator(self) -> str:
+        """The separator here as its word, a sign as itself; "" when there is none."""
+        word = ""
         while self.here is not None and (self.sees(",", ";", "or", "and") or _joins(self.here)):
+            word = self.here.text.strip(" ,").lower() or word or ","
             self.at += 1
-        return self.at > start
+        return word
 
     def statement(self) -> Tree:
         self.descend()
@@ -309,9 +333,10 @@ class _Reader:
             term = self.product()
             terms.append(term if op == "+" else ("neg", term) if op == "-" else ("pm", term))
         tree = terms[0] if len(terms) == 1 else ("add", *terms)
-        if self.here is not None and self.here.kind == "cmd" and self.here.text == "choose":
+        if self.here is not None and self.here.kind == "cmd" and self.here.text in ("choose", "over"):
+            kind = ("div",) if self.here.text == "over" else ("fn", "binom")
             self.at += 1
-            return ("fn", "binom", tree, self.sum())
+            return (*kind, tree, self.sum())
         return self.with_unit(tree)
 
     def product(self) -> Tree:
@@ -338,9 +363,11 @@ class _Reader:
                     mixed = _mixed_plain(self, tree, right)
                     if mixed is None:
                         raise Unreadable("two numbers side by side")
-                    tree = mixed
+                    tree = self.postfix(mixed)
                 elif _is_mixed(tree, right, glued):
                     tree = ("add", tree, right)
+                elif right[0] in ("pct", "deg") and _is_mixed(tree, right[1], glued):
+                    tree = (right[0], ("add", tree, right[1]))  # the sign belongs to the whole mixed number
                 else:
                     tree = _times(tree, right)
             else:
@@ -369,7 +396,7 @@ class _Reader:
         if token.kind == "op":
             return token.text in ("(", "{", "[") or (token.text == "|" and not self.bars)
         if token.kind == "cmd":
-            return token.text not in ("choose", "rfloor", "rceil", "end", "circ", "pmod", "bmod", "mod")
+            return token.text not in ("choose", "over", "rfloor", "rceil", "end", "circ", "pmod", "bmod", "mod")
         if token.kind in ("text", "word"):
             if token.text.lower() in ("and", "or", "if", "for", "where", "when", "with", "mod"):
                 return False
@@ -381,7 +408,9 @@ class _Reader:
         token = self.here
         if token.kind == "text":
             return not (
-                token.text in FUNCTIONS or len(token.text) == 1 and token.text.isalpha() and not _quantity(left)
+                token.text in FUNCTIONS
+                or token.text in ("e", "i")
+                or (len(token.text) == 1 and token.text.isalpha() and not _quantity(left))
             )
         word = token.text
         if word in FUNCTIONS or word in _ALIASES or word in _GREEK or word in ("pi", "inf", "infinity", "oo", "e", "i"):
@@ -431,8 +460,8 @@ class _Reader:
         label = " ".join(words).replace("{", "").replace("}", "")
         if (
             len(words) > LABEL
-            or any(word.lower() in _NO_LABEL for part in words for word in part.split())
-            and unit_of(label) is None
+            or unit_of(label) is None
+            and (_NUMERAL.search(label) or any(word in _NO_LABEL for word in re.findall(r"[a-z']+", label.lower())))
         ):
             raise Unreadable(f"{label[:40]!r} is no unit")
         if not re.search(r"[A-Za-z°]", label):
@@ -485,7 +514,9 @@ class _Reader:
 
     def postfix(self, tree: Tree) -> Tree:
         while self.here is not None:
-            if self.take("!"):
+            if self.sees("{") and self.after("}"):
+                self.at += 2
+            elif self.take("!"):
                 tree = ("fn", "factorial", tree)
             elif self.take("%"):
                 tree = ("pct", tree)
@@ -501,6 +532,10 @@ class _Reader:
             else:
                 break
         return tree
+
+    def after(self, op: str) -> bool:
+        """Whether the token after the next is this sign."""
+        return self.at + 1 < len(self.tokens) and self.tokens[self.at + 1].text == op
 
     def celsius_ahead(self) -> bool:
         after = self.tokens[self.at + 1] if self.at + 1 < len(self.tokens) else None
@@ -523,9 +558,14 @@ class _Reader:
         return tree
 
     def _num(self, token: Token) -> Tree:
-        if self.here is not None and self.here.kind == "cmd" and self.here.text == "overline" and "." in token.text:
-            self.at += 1
-            return _repeating(token.text, self.digits())
+        if self.here is not None and self.here.kind == "cmd" and "." in token.text:
+            if self.here.text == "overline":
+                self.at += 1
+                return _repeating(token.text, self.digits())
+            if self.here.text == "dot":
+                return _repeating(token.text, self.dotted())
+        if token.text.endswith(".") and self.sees("("):
+            return _repeating(token.text, self.digits())  # 0.(3)
         if self.here is not None and (
             self.sees("...") or (self.here.kind == "cmd" and self.here.text in ("ldots", "dots", "cdots"))
         ):
@@ -543,13 +583,30 @@ class _Reader:
             return ("based", token.text.lstrip("0") or "0", self.base())
         return number(token.text)
 
+    def dotted(self) -> str:
+        r"""A repetend between dots: `\dot{3}`, `\dot{1}42\dot{7}`."""
+        self.at += 1
+        first = self.digits()
+        between = self.here
+        if between is None or between.kind not in ("num", "cmd") or (between.kind == "cmd" and between.text != "dot"):
+            return first
+        self.at += 1
+        if between.kind == "cmd":
+            return first + self.digits()
+        if self.here is None or self.here.text != "dot" or not between.text.isdigit():
+            raise Unreadable("a repetend that never ends")
+        self.at += 1
+        return first + between.text + self.digits()
+
     def digits(self) -> str:
-        self.need("{")
+        """The digits of a repetend: one, or some in a group."""
+        closing = "}" if self.take("{") else ")" if self.take("(") else ""
         token = self.here
-        if token is None or token.kind != "num" or not token.text.isdigit() or len(token.text) > 60:
+        if token is None or token.kind != "num" or not token.text.isdigit() or len(token.text) > (60 if closing else 1):
             raise Unreadable("a repetend is digits")
         self.at += 1
-        self.need("}")
+        if closing:
+            self.need(closing)
         return token.text
 
     def base(self) -> int:
@@ -578,6 +635,8 @@ class _Reader:
             return ("const", "inf")
         if word in _GREEK:
             return self.symbol(word)
+        if word in ("USD", "EUR", "GBP") and self.here is not None and self.here.kind == "num":
+            return self.money(word)
         if len(word) > 3 or word in _WORDS:
             split = re.fullmatch(r"([A-Za-z]?)(sqrt|pi)([A-Za-z]?)", word)
             if not split:

@@ -35,7 +35,7 @@ _JOIN = re.compile(
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE = re.compile(
-    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|thus|hence|therefore|making|"
+    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|not|thus|hence|therefore|making|"
     r"giving)\b)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b"
 )
 
@@ -62,11 +62,13 @@ def final(response: str) -> Found | None:
     if "boxed" in text or "fbox" in text:
         boxes = _boxes(text)
         if boxes:
-            return _found(boxes, "box")
+            return _found((*boxes, *_taken_back(text)), "box")
         if _BOX.search(text) and "{}" not in text:
             return None  # a box that never closes (the response was cut off), or far too many
     for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math), ("result", _result)):
         candidate = find(text)
+        if candidate and marker == "cue" and _withdrawn(text):
+            return None
         if candidate and not _BOX.search(candidate):
             return _found((candidate,), marker)
     return None
@@ -153,6 +155,22 @@ def _box_spans(text: str) -> list[tuple[int, int, str]]:
         elif content:
             spans.append((match.start(), stop, content))
     return spans
+
+
+def _taken_back(text: str) -> tuple[str, ...]:
+    """The answer that a revision after the last box names in words: it must agree with the box."""
+    last = [match.end() for match in _BOX.finditer(text)][-1]
+    revised = _REVISED.search(text, last)
+    answer = _cue(text[revised.end() :]) if revised else None
+    return (answer,) if answer else ()
+
+
+def _withdrawn(text: str) -> bool:
+    """Whether the sentences after the last "the answer is ..." revise it and name another number."""
+    rest = text[[cue.end() for cue in _CUE.finditer(text)][-1] :]
+    after = "".join(re.split(r"[.!?]\s+", rest, maxsplit=1)[1:])
+    revised = _REVISED.search(after) or re.match(r"no\b", after, re.IGNORECASE)
+    return bool(revised and re.search(r"\d", after))
 
 
 def _hashes(text: str) -> str | None:

@@ -29,7 +29,7 @@ def rounded(left: Tree, right: Tree, digits: int) -> bool:
     one, two = as_decimal(left), as_decimal(right)
     if one and two:
         short, long = (one, two) if one[1] <= two[1] else (two, one)
-        if long[1] >= 15 and short[1] >= 1 and abs(long[0] - short[0]) <= abs(short[0]) * Fraction(1, 10**14):
+        if 15 <= long[1] <= 17 and short[1] >= 1 and abs(long[0] - short[0]) <= abs(short[0]) * Fraction(1, 10**14):
             return True  # the noise of floating-point arithmetic
         longer = short[1] >= digits and long[1] >= short[1] + 3
         return longer and abs(long[0] - short[0]) > last_unit(short) / 100 and rounds(short, long[0])
@@ -39,7 +39,7 @@ def rounded(left: Tree, right: Tree, digits: int) -> bool:
     exact = rational_or_none(other)
     if exact is not None:
         if _terminates(exact):  # it has a decimal of its own
-            return decimal[1] >= 15 and abs(decimal[0] - exact) <= abs(exact) * Fraction(1, 10**14)
+            return 15 <= decimal[1] <= 17 and abs(decimal[0] - exact) <= abs(exact) * Fraction(1, 10**14)
         return decimal[1] >= digits and rounds(decimal, exact)
     if decimal[1] < digits or symbols(other):
         return False

@@ -215,6 +215,8 @@ class Math:
         named, other = (left, right) if left[0] == "named" else (right, left)
         if other[0] == "equation":
             return proof.proportional(_difference(named), other[1], positive=False)
+        if other[0] == named[2][0] == "list" and _numbered(other[1:], named[1]):
+            return self._unordered(named[2][1:], [item[2] for item in other[1:]])
         if other[0] == "list" and any(item[0] == "named" for item in other[1:]):
             return self._unordered(_one_by_one(named), other[1:])
         if other[0] in ("tuple", "bracket", "matrix") and named[2][0] == "list":
@@ -382,6 +384,11 @@ def _one_by_one(named: Tree) -> list[Tree]:
     if named[2][0] != "tuple" or len(names) != len(named[2]) - 1:
         return [named]
     return [("named", name[1], value, name) for name, value in zip(names, named[2][1:], strict=True)]
+
+
+def _numbered(items: Sequence[Tree], name: str) -> bool:
+    """Whether the items are `x_1 = ...`, `x_2 = ...`: the solutions for x."""
+    return all(item[0] == "named" and re.fullmatch(re.escape(name) + r"_\d+", item[1]) for item in items)
 
 
 def _distinct(judge: Math, items: Sequence[Tree]) -> list[Tree]:

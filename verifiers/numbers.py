@@ -49,6 +49,11 @@ def spend(amount: float) -> None:
         raise Exhausted(f"more than {BUDGET} units of work")
 
 
+def spent() -> float:
+    """Work of this thread's judgement so far."""
+    return BUDGET - getattr(_local, "left", BUDGET)
+
+
 # -- exact rationals ---------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +258,8 @@ def _call(mp: Any, name: str, values: list[Any], real: bool) -> Any:
         if x == 0 or (real and x < 0):
             raise Undefined("logarithm of what is not positive")
         return mp.log(x)
+    if name in _POLES and abs(getattr(mp, _POLES[name])(x)) < mp.mpf(10) ** (10 - DIGITS):
+        raise Undefined(f"{name} at a pole")  # pi is rounded: the value there would be huge
     if name in _MP:
         try:
             return getattr(mp, _MP[name])(x)
@@ -271,6 +278,7 @@ def _call(mp: Any, name: str, values: list[Any], real: bool) -> Any:
     raise Beyond(f"{name} is not evaluated")
 
 
+_POLES = {"tan": "cos", "sec": "cos", "cot": "sin", "csc": "sin"}  # zero where the function has no value
 _MP = {
     "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin",
     "arccos": "acos", "arctan": "atan",
@@ -291,15 +299,18 @@ def value(tree: Tree) -> Any | None:
 
 
 def defined(tree: Tree) -> bool:
-    """Whether the expression has a value at one of the points at least."""
-    mp = context()
-    for point in points(tuple(sorted(symbols(tree)))):
-        at = {name: mp.mpf(value.numerator) / value.denominator for name, value in point.items()}
-        try:
-            evaluate(tree, at, real=not mentions_i(tree))
-            return True
-        except (Undefined, Beyond, OverflowError, ZeroDivisionError, ValueError):
-            continue
+    """Whether the expression has a value, real or complex, at one of the points; what is beyond bounds may have one."""
+    mp, names = context(), tuple(sorted(symbols(tree)))
+    for real in (True, False):
+        for point in points(names) if names else ({},):
+            at = {name: mp.mpf(value.numerator) / value.denominator for name, value in point.items()}
+            try:
+                evaluate(tree, at, real=real)
+                return True
+            except (Undefined, ZeroDivisionError):
+                continue
+            except (Beyond, OverflowError, ValueError):
+                return True
     return False
 
 

@@ -25,6 +25,8 @@ from verifiers.forms import as_decimal, rounds
 from verifiers.math import Math
 
 CLAIMS = 200  # equalities checked in one step
+WORK = 25 * numbers.BUDGET  # of all steps of one response, about a second; what comes after it is not checked
+READING = 10  # work that reading a step costs
 
 _LABEL = re.compile(
     r"^\s*(?:#+\s*)?(?:(?:[-*•>]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+)*(?:(?:step|case|line|part)\s*\d*\s*[:.)-]\s*)?",
@@ -156,7 +158,12 @@ def findings(text: str, *, delimiter: str = "\n") -> tuple[bool | None, ...]:
     steps = text.split(delimiter)
     if steps and not steps[-1]:
         steps.pop()
-    return tuple(verified(step) if "=" in step else None for step in steps)
+    found: list[bool | None] = []
+    left = float(WORK)
+    for step in steps:
+        found.append(verified(step) if "=" in step and left > 0 else None)
+        left -= READING + numbers.spent() if "=" in step else 0
+    return tuple(found)
 
 
 def first_wrong(scores: tuple[float, ...]) -> int | None:

@@ -24,6 +24,7 @@ from verifiers.numbers import (
     Undefined,
     bounded,
     context,
+    defined,
     evaluate,
     mentions_i,
     points,
@@ -65,7 +66,7 @@ def zero(tree: Tree) -> bool | None:
         if not bottom:
             return False  # a division by zero in disguise
         if not top:
-            return True
+            return defined(tree)  # what cancelled may have no value: ln 0 - ln 0
         if set(top) == {()}:
             return False
         if len(top) == 1 and not any(_vanishing(atoms.trees[a]) for m in top for a, _ in m):

@@ -21,7 +21,7 @@ _LEAD = re.compile(
     r"right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b(?:\s+of\s+[^=\n]{1,40}?(?=\s+(?:is|are|equals)"
     r"\b))?\s*(?:(?:is|are|equals|:|=)\s*)*"
     r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|given by|equal to|"
-    r"(?:so|then|therefore|thus|hence|we (?:get|have|find)|it is|it's|that is|i\.e\.)[,:]?)\s+",
+    r"(?:so|then|therefore|thus|hence|(?:we|i) (?:get|got|have|find|found|obtain)|it is|it's|that is|i\.e\.)[,:]?)\s+",
     re.IGNORECASE,
 )
 _CHOICE = re.compile(r"^\(?\s*([A-Ja-j])\s*(?:\)\s*[.:]?|[.:](?!\d))\s*(\S.*)?$|^\[([A-Ja-j])\]$|^([A-J])$", re.DOTALL)
@@ -47,9 +47,11 @@ _SPELLED = {
     w: i
     for i, w in enumerate(
         "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        "seventeen eighteen nineteen".split()
     )
 }
+for _tens, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
+    _SPELLED |= {f"{_word} {one}".removesuffix(" zero"): 10 * _tens + _SPELLED[one] for one in list(_SPELLED)[:10]}
 _NOTHING = frozenset(
     (
         "no solution",
@@ -123,6 +125,7 @@ def cleaned(text: str) -> str:
     text = normalise(text.strip())
     text = re.sub(r"\\\(|\\\)|\\\[|\\\]|\$\$", " ", text) if "\\" in text or "$$" in text else text
     text = text.strip().strip("`").strip()
+    text = text[1:-1] if len(text) > 2 and text[0] == text[-1] == '"' else text
     if "$" in text.replace("\\$", ""):
         text = _without_delimiters(text)
     while text.startswith("**") and text.endswith("**") and len(text) > 4:

@@ -8,6 +8,7 @@ linear in its unknown is no region here.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cmp_to_key, reduce
 from typing import Any, NamedTuple
 
 from verifiers.expression import Tree
@@ -54,6 +55,8 @@ def region(tree: Tree) -> list[Piece]:
         return meet(region(tree[1]), complement(region(tree[2])))
     if kind == "rel":
         return _relation(tree)
+    if kind == "both":
+        return _together([region(part) for part in tree[1:]])
     if kind == "list":
         return _several(tree[1:])
     raise NoRegion(kind)
@@ -92,12 +95,10 @@ def _interval(low: Tree, high: Tree, low_closed: bool, high_closed: bool) -> lis
     order = before(low, high)
     if order > 0 or (order == 0 and not (low_closed and high_closed)):
         raise NoRegion("an interval whose ends stand the wrong way round")
-    return [Piece(low, high, low_closed and low != MINUS_INFINITY, high_closed and high != INFINITY)]
+    return [Piece(low, high, low_closed, high_closed)]
 
 
 def union(*regions: list[Piece]) -> list[Piece]:
-    from functools import cmp_to_key
-
     pieces = [piece for pieces in regions for piece in pieces]
     if len(pieces) > PIECES:
         raise NoRegion(f"more than {PIECES} pieces")
@@ -213,6 +214,10 @@ def _substitute(tree: Tree, name: str, number: Fraction) -> Tree:
     return (tree[0], *(_substitute(part, name, number) if isinstance(part, tuple) else part for part in tree[1:]))
 
 
+def _together(regions: list[list[Piece]]) -> list[Piece]:
+    return reduce(meet, regions)
+
+
 def _several(parts: tuple[Tree, ...]) -> list[Piece]:
     """Relations side by side: all of them where that leaves something, else any of them."""
     if not any(part[0] == "rel" and part[1] != ("=",) for part in parts) and not any(
@@ -220,9 +225,7 @@ def _several(parts: tuple[Tree, ...]) -> list[Piece]:
     ):
         raise NoRegion("no relations")
     regions = [region(part) for part in parts]
-    both = regions[0]
-    for other in regions[1:]:
-        both = meet(both, other)
+    both = _together(regions)
     if both and all(part[0] == "rel" for part in parts):
         return both
     return union(*regions)

@@ -37,6 +37,8 @@ def settle(tree: Tree, same: Same) -> Tree:
         return _settled_relation(tree, same)
     if kind == "list":
         return _settled_list(tree, same)
+    if kind == "both":
+        return _relations(tree)
     if kind == "unit":
         return _settled_unit(tree)
     if kind == "add" and len(tree) == 3 and tree[1][0] in ("reals", "interval", "union") and tree[2][0] == "neg":
@@ -46,11 +48,22 @@ def settle(tree: Tree, same: Same) -> Tree:
     if kind in ("add", "neg", "mul", "pm", "div") and _has_sign(tree):
         plus, minus = _signed(tree, 1), _signed(tree, -1)
         return ("list", plus, minus)
+    if kind in ("mul", "neg", "div") and sum(part[0] == "matrix" for part in tree[1:]) == 1:
+        return _scaled_matrix(tree)
     if kind in ("set", "tuple", "bracket") and any(_has_sign(part) for part in tree[1:]):
         if kind != "set":
             raise Refused("a sign left open in a tuple")
         return ("set", *_opened(tree[1:]))
     return tree
+
+
+def _scaled_matrix(tree: Tree) -> Tree:
+    """A number times a matrix, entry by entry."""
+    at = next(i for i, part in enumerate(tree) if part[0] == "matrix")
+    if at != 1 and tree[0] == "div":
+        raise Refused("a division by a matrix")
+    rows = tree[at][1]
+    return ("matrix", tuple(tuple((*tree[:at], entry, *tree[at + 1 :]) for entry in row) for row in rows))
 
 
 def _settled_relation(tree: Tree, same: Same) -> Tree:
@@ -148,7 +161,7 @@ def _settled_list(tree: Tree, same: Same) -> Tree:
     if parts[0][0] == "rel" and parts[0][1] == ("!=",) and not any(part[0] == "rel" for part in parts[1:]):  # x != 1, 2
         parts = [parts[0], *(("rel", ("!=",), parts[0][2], part) for part in parts[1:])]
     if any(part[0] == "rel" and any(op != "=" for op in part[1]) for part in parts):
-        return _relations(parts)
+        return _relations(("list", *parts))
     named = [settle(part, same) for part in parts]
     names = [part[1] for part in named if part[0] == "named"]
     if names and len(names) < len(named):
@@ -165,11 +178,12 @@ def _settled_list(tree: Tree, same: Same) -> Tree:
     return ("list", *named)
 
 
-def _relations(parts: Sequence[Tree]) -> Tree:
+def _relations(tree: Tree) -> Tree:
+    """Relations side by side ("list") or joined by "and" ("both") as the set that they describe, where they do."""
     try:
-        pieces = region(("list", *parts))
+        pieces = region(tree)
     except NoRegion:
-        return ("list", *parts)
+        return ("list", *tree[1:])
     if not pieces:
         return ("empty",)
     trees = [("interval", *piece) for piece in pieces]

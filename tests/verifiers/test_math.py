@@ -23,6 +23,31 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+0 || \infty-\infty
+0 || 0\cdot\infty
+1 || \frac{\infty}{\infty}
+1 || \tan(\pi/2)-\tan(\pi/2)+1
+1 || \frac{\log(0)}{\log(0)}
+42 || 42+\ln 0-\ln 0
+x || x+\ln(y-y)-\ln(y-y)
+(-\infty,1)\cup(2,\infty) || x<1\text{ and }x>2
+(-\infty,1)\cup(2,\infty) || x<1 \land x>2
+42 || 42\text{ (or 43)}
+42 || 42\text{ [43]}
+0 || 0.(3)
+x=2\text{ or }x=3 || x_1=2,x_2=4
+a_1=2,a_2=3 || a_1=3,a_2=2
+[1,\infty) || [1,\infty]
+(0,1) || [0,1[
+(0,1) || ]0,1]
+3 || 3.00000000000000000000001
+1/3 || 0.\dot{1}\dot{3}
+0.\dot{1}42857\dot{1} || \frac{1}{7}
+12\frac12\% || 6\%
+3+4i || 3+4\,j
+\begin{pmatrix}2&0\\0&4\end{pmatrix} || 2\begin{pmatrix}1&0\\0&4\end{pmatrix}
+\$18 || EUR 18
+42 || \text{twenty-four}
 5\% || 0.05 \text{ m}
 30^\circ || 30 \text{ minutes}
 (1,2) || x=1,x=2
@@ -233,6 +258,34 @@ x+10^{-60} || x
 """)
 
 SAME = table(r"""
+\frac{1}{2} || {1 \over 2}
+\frac{x+1}{x-1} || {x+1 \over x-1}
+1/3 || 0.\dot{3}
+1/3 || 0.(3)
+1/7 || 0.\dot{1}4285\dot{7}
+1/6 || 0.1\dot6
+33\frac{1}{3}\% || 1/3
+12.5\% || 12\frac12\%
+12.5\% || 12 1/2\%
+5th || 5^{th}
+5th || 5^{\text{th}}
+\sqrt{2} || \sqrt{2}{}
+3+4i || 3+4\,i
+3+4i || 3+4\mathrm{i}
+2x || 2\,x
+5\text{ cm} || 5\,\mathrm{cm}
+10\text{ m/s} || 10\,\mathrm{m\,s^{-1}}
+x=2\text{ or }x=3 || x_1=2, x_2=3
+\$18 || USD 18
+\$18 || \text{\$}18
+5 || {\bf 5}
+42 || \text{forty-two}
+(0,1) || ]0,1[
+[1,\infty) || [1,+\infty[
+(-\infty,1)\cup(2,\infty) || ]-\infty,1[ \cup ]2,\infty[
+x>1\text{ and }x<3 || (1,3)
+\begin{pmatrix}\frac12&0\\0&1\end{pmatrix} || \frac12\begin{pmatrix}1&0\\0&2\end{pmatrix}
+\begin{pmatrix}-1\\2\end{pmatrix} || -\begin{pmatrix}1\\-2\end{pmatrix}
 x=1,y=2 || \begin{array}{l} x=1 \\ y=2 \end{array}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} || \begin{array}{cc} 1 & 2 \\ 3 & 4 \\ \end{array}
 \frac{1}{2} || \dfrac{1}{2} \text{ or } 0.5
@@ -632,6 +685,9 @@ x^2+y^2=25 || y^2=25-x^2
 """)
 
 SPAM = table(r"""
+42 || \boxed{42} Hmm, wait. Actually the answer is 43.
+12 || The answer is 12. No, it is 13.
+12 || The answer is 12. Wait, actually it is 13.
 7 || :
 7 || \boxed{}
 7 || \boxed{7
@@ -685,6 +741,12 @@ y=2x || \boxed{2x=2x}
 """)
 
 RESPONSES = table(r"""
+42 || The answer is 42, not 41.
+42 || The answer is forty-two.
+42 || The answer is "42".
+42 || I get 42
+42 || The answer is 42. I checked it twice and made no mistake.
+42 || \boxed{42}. I made no error, so the answer is 42.
 5 || So x = 5.
 5 || Therefore, we get x = 5.
 5 || = 5

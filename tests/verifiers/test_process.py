@@ -1,5 +1,7 @@
 r"""Step scores: a false equality is found, and nothing else is called false."""
 
+import time
+
 import pytest
 
 from verifiers import get
@@ -66,6 +68,14 @@ def test_a_right_chain_to_no_answer_is_wrong():
 def test_hostile_steps_are_bounded():
     text = "\n".join(["(1+2)^{60}" * 30 + "=5"] * 20 + ["1+" * 400 + "1=401", "=" * 500, "1=1" * 500])
     assert len(step_scores(text)) == 23
+
+
+def test_the_work_on_all_steps_of_a_response_is_bounded_together():
+    hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\pi)^{30} = 4"
+    start = time.perf_counter()
+    found = findings("\n".join([hard] * 3000))
+    assert time.perf_counter() - start < 20  # about a second on a free core, two minutes without a bound
+    assert found[0] is False and found[-1] is None
 
 
 def test_work_that_is_shown_and_true_is_worth_more_than_an_answer_out_of_nowhere():
