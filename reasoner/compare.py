@@ -25,6 +25,7 @@ from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import Reading, read, require_steps
 from reasoner.folder import new_folder, versions, write_json
 from reasoner.progress import Screen
+from reasoner.tree_data import Rows, rows_of
 from rollouts.journal import Journal
 from rollouts.roll_out import Searched, encode, search_tasks
 from rollouts.score import Open
@@ -113,12 +114,15 @@ def compare(comparison: Comparison, checkpoint: Path | None, *, ray: str, screen
                 checkpoint = run.base.prepare(train_tasks, Path(run.cache), run.seed, told)
         stage = _open(comparison, checkpoint, [*train_tasks, *heldout], ray, screen, stack)
         methods, results = asyncio.run(_run(stage, train_tasks[: comparison.sizing], heldout, screen))
+        rows = asyncio.run(_exported(stage, methods, train_tasks[: comparison.export], screen))
         folder = new_folder(Path(run.out) / run.name)
         write_json(folder / "config.json", to_dict(replace(comparison, methods=tuple(methods))))
         for result in results:
             with Journal(folder / f"{result.method.name}.jsonl") as journal:
                 for each in result.found:
                     journal.append(each.group, step=0, version=0)
+    if comparison.export:
+        rows.write(folder / "training")
     summary = summarise(results) | {"name": run.name, "seed": run.seed, "budget": comparison.budget}
     write_json(folder / "summary.json", summary | {"checkpoint": str(checkpoint), "versions": versions()})
     write_json(folder / "trees.json", trees(results))
@@ -129,9 +133,14 @@ def compare(comparison: Comparison, checkpoint: Path | None, *, ray: str, screen
 def load_tasks(comparison: Comparison) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks, every reference readable by its verifier."""
     try:
-        return train.load_tasks(comparison.run())
+        train_tasks, heldout = train.load_tasks(comparison.run())
     except ConfigError as error:  # the same keys by other names
         raise ConfigError(str(error).replace("evaluate.tasks", "heldout")) from None
+    if comparison.export > len(train_tasks):
+        raise ConfigError(
+            f"export = {comparison.export} exceeds the {len(train_tasks)} training tasks: lower it or add some"
+        )
+    return train_tasks, heldout
 
 
 def _open(
@@ -197,6 +206,17 @@ async def _run(
             results.append(Result(method, found, judged, seconds))
             tell(done, method.name)
     return methods, results
+
+
+async def _exported(stage: Stage, methods: Sequence[Method], tasks: Sequence[Task], screen: Screen) -> Rows:
+    """Training data from the trees of training tasks: what the held-out ones hold must never be learnt."""
+    if not tasks:
+        return Rows()
+    different = [m for i, m in enumerate(methods) if not any(_draws_alike(one, m) for one in methods[:i])]
+    found = [await _search(stage, method, tasks) for method in different]
+    rows = await rows_of(found, stage.judges, stage.tokenizer, stage.engine.sampling.step)
+    screen.say(f"exported  {len(rows.sft)} paths, {len(rows.dpo)} pairs and {len(rows.steps)} labelled paths")
+    return rows
 
 
 def _draws_alike(one: Method, other: Method) -> bool:

@@ -137,6 +137,7 @@ class Comparison:
     tasks: Source = field(default_factory=ReasoningGym)
     heldout: int = 200  # held-out tasks to answer
     sizing: int = 16  # training tasks on which the methods are grown to the budget
+    export: int = 0  # training tasks that all methods search besides, whose trees are left as training data
     base: Base = field(default_factory=Warmup)
     engine: Placement = field(default_factory=Placement)
     sampling: Sampling = field(default_factory=Sampling)
@@ -540,6 +541,8 @@ def _check_comparison(comparison: Comparison) -> None:
         )
     if comparison.sizing < 1 or comparison.heldout < 1:
         raise ConfigError(f"sizing = {comparison.sizing} and heldout = {comparison.heldout}: give at least 1 task each")
+    if comparison.export < 0:
+        raise ConfigError(f"export = {comparison.export}: give a number of training tasks, or 0 for none")
     if type(comparison.tasks) in INTERACTIVE.values():
         raise ConfigError("tasks: these answer back, and a search cannot take back what was said: use `reasoner eval`")
     offers = frozenset(comparison.engine.offers)

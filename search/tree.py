@@ -375,6 +375,19 @@ class Replay:
         raise ValueError(f"the log has no score of {path.text[-80:]!r}")
 
 
+def ended(rows: Iterable[Row]) -> list[Trajectory]:
+    """Every path of the log that ended, whether or not the search returned it."""
+    paths: dict[int, Trajectory] = {}
+    for row in rows:
+        if row["kind"] == "extend":
+            if whole := row.get("whole"):
+                steps = tuple(map(_step, whole["steps"]))
+                paths[row["path"]] = Trajectory(tuple(whole["prompt"]), steps, seed=whole["seed"])
+            for child in row["children"]:
+                paths[child["path"]] = _child(paths[row["path"]], child)
+    return [path for path in paths.values() if path.end]
+
+
 def nodes(rows: Iterable[Row]) -> list[Row]:
     """The tree for a person or a viewer: one node per path, parents before children, with text, logprob and score."""
     rows = list(rows)

@@ -344,7 +344,8 @@ def run(tmp_path_factory):
 
 
 def searched(folder: Path) -> Path:
-    assert main(["search", str(written(folder)), *SMALL, f"--out={folder}/runs", f"--cache={folder}/cache"]) == 0
+    folders = [f"--out={folder}/runs", f"--cache={folder}/cache"]
+    assert main(["search", str(written(folder)), *SMALL, *folders, "--export=3"]) == 0
     return folder / "runs" / "search"
 
 
@@ -360,6 +361,13 @@ def test_a_comparison_leaves_tables_journals_trees_and_a_page(run, capsys):
     assert json.loads((run / "config.json").read_text())["methods"][4]["search"]["kind"] == "beam"
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0 and (run / "report.html").stat().st_size > 5000
+
+
+def test_what_is_exported_comes_from_training_tasks_alone(run):
+    lines = (run / "training" / "steps.jsonl").read_text().splitlines()
+    ids = {json.loads(line)["id"].rsplit("/", 1)[0] for line in lines}
+    assert ids and ids <= {f"chain_sum/train/{i}" for i in range(3)}
+    assert {file.name for file in (run / "training").iterdir()} == {"sft.jsonl", "dpo.jsonl", "steps.jsonl"}
 
 
 def grown(run: Path) -> list:
