@@ -223,6 +223,8 @@ class Run:
         if not self._ended:
             poll.register(control, select.POLLIN)
         left = deadline - time.monotonic()
+        if self._ended and left <= 0:
+            return False  # without isolation, a process that got away may hold its pipes for ever
         events = poll.poll(max(0, int(left * 1000) + 1))
         for fd, _ in events:
             if fd in self._got:

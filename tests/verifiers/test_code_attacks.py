@@ -108,6 +108,20 @@ CALL_ATTACKS = {
     "endless list": "import itertools\ndef solve(x): return list(itertools.repeat(0))",
     "endless list subclass": "class L(list):\n  def __iter__(s):\n    while True: yield 1\ndef solve(x): return L([1])",
     "self-containing list": "def solve(x):\n  l = []\n  l.append(l)\n  return l",
+    "forged at exit": "import atexit, os\natexit.register(lambda: os.write(4, b'{\"value\":9}\\n{\"value\":true}\\n'))\ndef solve(x): raise SystemExit(0)",
+    "poisoned modules": "import sys\nclass M:\n  def __getattr__(s, n): return lambda *a, **k: True\nfor n in list(sys.modules): sys.modules[n] = M()\n"
+    "def solve(x): return 1",
+    "stops itself": "import os, signal\ndef solve(x): os.kill(os.getpid(), signal.SIGSTOP)",
+    "kills all it sees": "import os\ndef solve(x): os.kill(-1, 9); return 1",
+    "kills its group": "import os\ndef solve(x): os.killpg(0, 9)",
+    "sleeps in C": "import ctypes\ndef solve(x): ctypes.CDLL(None).sleep(100)",
+    "reads a null pointer": "import ctypes\ndef solve(x): ctypes.string_at(0)",
+    "patched integers": "import ctypes\ndef solve(x):\n  ctypes.memset(id(9) + 24, 1, 1)\n  return 9",
+    "guesses ahead": "import os\nfor i in range(500): os.write(4, b'{\"value\":%d}\\n' % i)\ndef solve(x): return 1",
+    "daemon that answers": "import os, time\nif os.fork() == 0:\n  os.setsid()\n  while True: time.sleep(.01); os.write(4, b'{\"value\":16}\\n')\n"
+    "def solve(x): os._exit(0)",
+    "full pipes": "import fcntl, os, time\ndef solve(x):\n  try:\n    while True:\n      w = os.pipe()[1]; fcntl.fcntl(w, 1031, 1 << 20)\n"
+    "      os.set_blocking(w, False); os.write(w, b'x' * (1 << 20))\n  except Exception: time.sleep(9)",
     "forever in __del__": "class A:\n  def __del__(s):\n    while True: pass\ndef solve(x): return A() and 1",
 }  # fmt: skip
 
@@ -273,6 +287,13 @@ def test_isolation_none_must_be_asked_for(monkeypatch):
     with pytest.raises(sandbox.NoIsolation, match="install bubblewrap"):
         Code(isolation="auto").verify(Task("t", (), STDIO, "code"), "print(9)")
     sandbox.detect.cache_clear()
+
+
+def test_daemon_that_holds_the_pipes_of_an_unprotected_run_does_not_hold_the_judge():
+    program = DAEMON.replace("while True: time.sleep(1)", "time.sleep(5)")
+    start = time.monotonic()
+    assert verdict(STDIO, program, Code(isolation="none")).correct is True
+    assert time.monotonic() - start < 4
 
 
 def test_isolation_stands_in_the_verdict():
