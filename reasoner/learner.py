@@ -178,9 +178,8 @@ class PolicyTrainer(GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, experts=None, **rest: Any
     ) -> tuple[Tensor, Tensor, Any]:
         if is_plain(inside(model)):
-            options = {"kept": logits_to_keep, "temperature": self.temperature}
-            logps_BT, entropies_BT = _by_length(inside(model), input_ids, attention_mask, experts, **options)
-            return logps_BT, entropies_BT, None
+            options = {"temperature": self.temperature, "experts": experts}
+            return *token_logprobs(inside(model), input_ids, attention_mask, logits_to_keep, **options), None
         return super()._get_per_token_logps_and_entropies(  # wrapped by accelerate, or with a head of its own
             model, input_ids, attention_mask, logits_to_keep, batch_size, **rest
         )
@@ -257,22 +256,6 @@ def _whole(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Ids and mask of prompts and completions, (B, P + T)."""
     ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     return ids_BL, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-
-
-def _by_length(
-    model: Any, ids_BL: Tensor, mask_BL: Tensor, experts: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, rows of like lengths together: attention is as wide as the longest sequence beside it."""
-    order_B = mask_BL.sum(1).argsort(stable=True)
-    parts = [
-        token_logprobs(
-            model, ids_BL[rows], mask_BL[rows], experts=None if experts is None else experts[rows], **options
-        )
-        for rows in order_B.chunk(max(1, min(4, len(ids_BL) // 32)))
-    ]
-    back_B = order_B.argsort()
-    logps, entropies = zip(*parts, strict=True)
-    return torch.cat(logps)[back_B], torch.cat(entropies)[back_B]
 
 
 def collate(samples: Sequence[Sample], pad: int, *, rows: int = 0, config: Any = None) -> dict[str, Tensor]:

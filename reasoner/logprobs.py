@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasoner.kernels import token_logprob
+from reasoner.model import ReasonerForCausalLM
+from reasoner.model.layout import Layout, tree
 
 # What some architectures do to their logits: such a head is more than one matrix.
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -40,10 +42,51 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) in nats of the last `kept` = T tokens of each row, and the entropies of their laws.
 
-    0 in both where the mask is. Differentiable. Columns before the last T are read and cost no head at all.
+    0 in both where the mask is. Differentiable. Columns before the last T are read and cost no head at all. Our own
+    model reads what several rows begin with once: the samples of one question share at least its prompt.
 
     experts: (B, L, layers, K) recorded ids for our own model to use instead of choosing, negative: choose.
     """
+    if isinstance(model, ReasonerForCausalLM) and experts is None:
+        layout = tree(ids_BL, mask_BL, ids_BL.shape[1] - kept)
+        if layout is not None:
+            return _of_trees(model, ids_BL, mask_BL, kept, temperature, layout)
+    return _by_length(model, ids_BL, mask_BL, kept, temperature, experts)
+
+
+def _of_trees(
+    model: ReasonerForCausalLM, ids_BL: Tensor, mask_BL: Tensor, kept: int, temperature: float, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Every distinct beginning read once, every distinct continuation of it scored once.
+
+    Shapes: M kept tokens, N nodes that they stand for.
+    """
+    hidden_BLD = model.base_model(input_ids=ids_BL, layout=layout, use_cache=False).last_hidden_state
+    hidden_TD, ids_T, shared = layout.take(hidden_BLD), layout.take(ids_BL), layout.shared
+    real_BT = mask_BL[:, -kept:].bool()
+    node_N, back_M = shared.nodes_BL[:, -kept:][real_BT].unique(return_inverse=True)
+    weight_VD = model.get_output_embeddings().weight
+    found = token_logprob(hidden_TD[shared.parent_T[node_N]], weight_VD, ids_T[node_N], temperature)
+    return tuple(x_N.new_zeros(real_BT.shape).masked_scatter(real_BT, x_N[back_M]) for x_N in found)
+
+
+def _by_length(
+    model: Any, ids_BL: Tensor, mask_BL: Tensor, kept: int, temperature: float, experts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows of like lengths together: attention is as wide as the longest sequence beside it."""
+    order_B = mask_BL.sum(1).argsort(stable=True)
+    parts = [
+        _of_rows(model, ids_BL[rows], mask_BL[rows], kept, temperature, None if experts is None else experts[rows])
+        for rows in order_B.chunk(max(1, min(4, len(ids_BL) // 32)))
+    ]
+    back_B = order_B.argsort()
+    logps, entropies = zip(*parts, strict=True)
+    return torch.cat(logps)[back_B], torch.cat(entropies)[back_B]
+
+
+def _of_rows(
+    model: Any, ids_BL: Tensor, mask_BL: Tensor, kept: int, temperature: float, experts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     more = {} if experts is None else {"experts": experts}
     out = model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **more)
     real_BT = mask_BL[:, -kept:].bool()

@@ -2,7 +2,8 @@
 
 Every layer works on the real tokens alone, (T, D). Attention alone needs a rectangle, one row per sequence, filled
 from the left: then causal attention needs no mask, because what follows a sequence never reaches it. (It is as wide as
-the longest sequence, so pack sequences of like lengths.)
+the longest sequence, so pack sequences of like lengths.) Rows with one prompt may share what they have in common: then
+they are one sequence, a tree, and a mask tells its branches apart (`tree`).
 Knows no weights. Neighbours: `mla.py` moves tokens into the rectangle; `transformer.py` moves them back.
 
 Shapes: B, L the input's rows and columns; T real tokens; N sequences of at most S tokens; P tokens already cached.
@@ -15,6 +16,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WIDEST = 1024  # nodes of a tree
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The T tokens as nodes of trees: a node is a token after all that came before it."""
+
+    nodes_BL: Tensor  # which node stands where in the input; at padding: any
+    parent_T: Tensor  # the node before; that of a first token: any
+    copies_T: Tensor  # tokens of the input that the node stands for
+    seen_NSS: Tensor  # whom each node of a tree looks back at, itself too
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Layout:
     positions_T: Tensor  # for the rotary embedding
     mask_BLP: Tensor | None = None  # continuing a cache: which of the P + L keys a query may see; None: all
     continues: bool = False  # keys of earlier tokens are in the cache
+    shared: Shared | None = None  # sequences are trees of rows
 
     def take(self, x_BL: Tensor) -> Tensor:
         """(B, L, ...) -> (T, ...)"""
@@ -68,13 +82,13 @@ def _place(x_T: Tensor, index_T: Tensor | None, rows: int, columns: int, fill: f
     return x_T.unflatten(0, (rows, columns))
 
 
-def fresh(x_BLD: Tensor, mask_BL: Tensor | None, positions_BL: Tensor | None) -> Layout:
+def fresh(x_BL: Tensor, mask_BL: Tensor | None, positions_BL: Tensor | None) -> Layout:
     """The layout of a forward that starts at the beginning of its sequences.
 
     With `mask_BL` each row is one sequence. Without it, positions that do not go up by one start a new sequence in the
     same row: the padding-free packing of TRL and transformers.
     """
-    (batch, length), device = x_BLD.shape[:2], x_BLD.device
+    (batch, length), device = x_BL.shape[:2], x_BL.device
     if mask_BL is not None and not mask_BL.all():
         real_BL = mask_BL.bool()
         source_T = real_BL.flatten().nonzero()[:, 0]
@@ -101,9 +115,58 @@ def fresh(x_BLD: Tensor, mask_BL: Tensor | None, positions_BL: Tensor | None) ->
     return Layout(batch, length, None, len(first_N), width, slots_T, positions_BL.flatten())
 
 
-def continued(x_BLD: Tensor, cached: int, mask_BP: Tensor | None, positions_BL: Tensor | None) -> Layout:
+def tree(ids_BL: Tensor, mask_BL: Tensor, prompt: int) -> Layout | None:
+    """The layout that reads a token once which follows the same tokens in several rows.
+
+    A causal model says the same of it in all of them, so nothing is lost; `take` and `put` know it by one of its
+    places. Rows that are equal in the first `prompt` columns make one tree. None where one has more than `WIDEST`
+    nodes: its branches would cost more attention than sequences of their own.
+    """
+    (batch, length), device = ids_BL.shape, ids_BL.device
+    ids_RL, row_B = ids_BL.where(mask_BL.bool(), -1).unique(dim=0, return_inverse=True)  # sorted: likes are neighbours
+    real_RL, same_RL = ids_RL >= 0, torch.zeros_like(ids_RL, dtype=torch.bool)
+    same_RL[1:] = (ids_RL[1:] == ids_RL[:-1]).cumprod(1).bool()
+    joins_R = same_RL[:, :prompt].all(1)
+    same_RL &= joins_R[:, None]  # the row above reads it
+    own_RL = real_RL & ~same_RL
+    row_T, column_T = own_RL.nonzero(as_tuple=True)
+    count = len(row_T)
+    # The last row down to here that reads this column by itself reads it for all below.
+    reader_RL = torch.where(own_RL, torch.arange(len(ids_RL), device=device)[:, None], 0).cummax(0).values
+    nodes_RL = (own_RL.flatten().cumsum(0).view_as(own_RL) - 1).gather(0, reader_RL).clamp(min=0)
+
+    tree_T = ((~joins_R).cumsum(0) - 1)[row_T]
+    sizes_N = torch.bincount(tree_T)
+    trees, width = len(sizes_N), int(sizes_N.max())
+    if width > WIDEST:
+        return None
+    first_N = sizes_N.cumsum(0) - sizes_N
+    slots_T = tree_T * width + torch.arange(count, device=device) - first_N[tree_T]
+
+    before_TL = real_RL[row_T] & (torch.arange(length, device=device) <= column_T[:, None])
+    within_TL = nodes_RL[row_T] - first_N[tree_T][:, None]
+    seen_TS = torch.zeros(count, width + 1, dtype=torch.bool, device=device)
+    seen_TS.scatter_(1, within_TL.where(before_TL, width), True)
+    seen_SS = torch.eye(width, dtype=torch.bool, device=device).repeat(trees, 1)  # nobody sees nothing
+    seen_SS[slots_T] = seen_TS[:, :width]
+
+    nodes_BL = nodes_RL[row_B]
+    real_BL = mask_BL.bool()
+    shared = Shared(
+        nodes_BL,
+        parent_T=nodes_RL[row_T, (column_T - 1).clamp(min=0)],
+        copies_T=torch.bincount(nodes_BL[real_BL], minlength=count),
+        seen_NSS=seen_SS.unflatten(0, (trees, width)),
+    )
+    places_BL = torch.arange(batch * length, device=device).view(batch, length)
+    source_T = torch.empty_like(slots_T).scatter_(0, nodes_BL[real_BL], places_BL[real_BL])
+    positions_T = column_T - real_RL.int().argmax(1)[row_T]
+    return Layout(batch, length, source_T, trees, width, slots_T, positions_T, shared=shared)
+
+
+def continued(x_BL: Tensor, cached: int, mask_BP: Tensor | None, positions_BL: Tensor | None) -> Layout:
     """The layout of a forward that goes on from `cached` tokens. `mask_BP` covers the cached and the new ones."""
-    (batch, length), device = x_BLD.shape[:2], x_BLD.device
+    (batch, length), device = x_BL.shape[:2], x_BL.device
     total = cached + length
     if positions_BL is None:
         real_BP = torch.ones(batch, total, device=device) if mask_BP is None else mask_BP

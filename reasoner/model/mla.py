@@ -92,12 +92,13 @@ class LatentAttention(nn.Module):
         return q.unflatten(-1, (self.heads, self.nope + self.rope))
 
     def expanded(self, q_THn: Tensor, q_THr: Tensor, latent_TC: Tensor, k_Tr: Tensor, layout: Layout) -> Tensor:
-        """Causal attention with a key and a value per head; (T, H * v)."""
+        """Attention with a key and a value per head, causal or along the branches of trees; (T, H * v)."""
         kv_THk = self.kv_b_proj(latent_TC).unflatten(-1, (self.heads, self.nope + self.value))
         k_THn, v_THv = kv_THk.split((self.nope, self.value), dim=-1)
         q = torch.cat((q_THn, q_THr), dim=-1)
         k = torch.cat((k_THn, k_Tr[:, None].expand(-1, self.heads, -1)), dim=-1)
-        return layout.unrow(kernels.attention(*map(layout.rows, (q, k, v_THv)), self.scale)).flatten(1)
+        seen = None if layout.shared is None else layout.shared.seen_NSS
+        return layout.unrow(kernels.attention(*map(layout.rows, (q, k, v_THv)), self.scale, seen)).flatten(1)
 
     def absorbed(self, q_THn: Tensor, q_THr: Tensor, keys_B1PK: Tensor, layout: Layout) -> Tensor:
         """Attention of all heads over the cache itself, which is key and value at once; (T, H * v)."""

@@ -148,8 +148,10 @@ class MoE(nn.Module):
         weights_TK, experts_TK, scores_TE = self.gate(x_TD, replay_TK)
         return self.experts(x_TD, weights_TK, experts_TK) + self.shared_experts(x_TD), experts_TK, scores_TE
 
-    def count(self, experts_TK: Tensor) -> None:
-        load_E = torch.bincount(experts_TK.flatten(), minlength=len(self.gate.weight))
+    def count(self, experts_TK: Tensor, copies_T: Tensor | None = None) -> None:
+        """copies_T: how often each token counts."""
+        weights_A = None if copies_T is None else copies_T.repeat_interleave(experts_TK.shape[1])
+        load_E = torch.bincount(experts_TK.flatten(), weights_A, minlength=len(self.gate.weight))
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
 

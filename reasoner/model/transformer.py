@@ -123,12 +123,17 @@ class ReasonerModel(ReasonerPreTrainedModel):
         experts: Tensor | None = None,
         output_experts: bool = False,
         output_aux_loss: bool = False,
+        layout: Layout | None = None,
         **_: object,
     ) -> ReasonerModelOutput:
-        """Hidden states (B, L, D) after the last norm, zero at padding. See `ReasonerForCausalLM.forward`."""
+        """Hidden states (B, L, D) after the last norm, zero at padding. See `ReasonerForCausalLM.forward`.
+
+        layout: `layout.tree` of ids and mask, to read what rows have in common once: hidden states are then zero at all
+            but one of a token's places. Without cache, recorded experts and auxiliary loss only.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
-        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given_BL = input_ids if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -136,19 +141,23 @@ class ReasonerModel(ReasonerPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
             raise ValueError(f"{type(past_key_values).__name__} is not supported: use a DynamicCache")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if cached:
-            layout = continued(x_BLD, cached, attention_mask, position_ids)
+        if layout is not None:
+            assert past_key_values is None and experts is None and not output_aux_loss, "a layout is given: see above"
+        elif cached:
+            layout = continued(given_BL, cached, attention_mask, position_ids)
         else:
-            layout = fresh(x_BLD, attention_mask, position_ids)
+            layout = fresh(given_BL, attention_mask, position_ids)
         trunk = self.layers[: self.config.num_hidden_layers]
-        wanted = (*x_BLD.shape[:2], len(trunk), self.config.num_experts_per_tok)
+        wanted = (*given_BL.shape[:2], len(trunk), self.config.num_experts_per_tok)
         if experts is not None and experts.shape != wanted:
             raise ValueError(
                 f"experts is {tuple(experts.shape)} but (rows, columns, layers, experts per token) is {wanted}"
             )
         replay = None if experts is None else layout.take(experts)
 
-        x_TD, angles = layout.take(x_BLD), rotary_angles(self.config, layout.positions_T)
+        x_TD, angles = layout.take(given_BL), rotary_angles(self.config, layout.positions_T)
+        if inputs_embeds is None:
+            x_TD = self.embed_tokens(x_TD)
         used = x_TD.new_full((len(x_TD), *wanted[2:]), -1, dtype=torch.long) if output_experts else None
         aux_losses = []
         for layer, block in enumerate(trunk):
@@ -156,7 +165,7 @@ class ReasonerModel(ReasonerPreTrainedModel):
             x_TD, experts_TK, scores_TE = block(x_TD, layout, angles, recorded, past_key_values=past_key_values)
             if experts_TK is None:
                 continue
-            self.count(block, experts_TK)
+            self.count(block, experts_TK, layout)
             if output_experts:
                 used[:, layer] = experts_TK
             if output_aux_loss:
@@ -168,10 +177,10 @@ class ReasonerModel(ReasonerPreTrainedModel):
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
         )
 
-    def count(self, block: Block, experts_TK: Tensor) -> None:
+    def count(self, block: Block, experts_TK: Tensor, layout: Layout) -> None:
         """Tells `balance` of the load. Not done in the block itself, because a checkpointed block runs twice."""
         if self.training and torch.is_grad_enabled():
-            block.mlp.count(experts_TK)
+            block.mlp.count(experts_TK, None if layout.shared is None else layout.shared.copies_T)
 
 
 class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
@@ -271,7 +280,7 @@ class ReasonerForCausalLM(ReasonerPreTrainedModel, GenerationMixin):
         for distance, block in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
             token_TD = F.embedding(layout.ahead(ids_T, distance, fill=0), embedding)
             x_TD, experts_TK, _ = block(x_TD, token_TD, layout, angles)
-            self.model.count(block, experts_TK)
+            self.model.count(block, experts_TK, layout)
             logits.append(layout.put(F.linear(x_TD, head)))
         return logits
 

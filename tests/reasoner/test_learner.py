@@ -8,7 +8,7 @@ import torch
 
 from reasoner.config import Learner
 from reasoner.credit import Sample
-from reasoner.learner import _by_length, collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
+from reasoner.learner import collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
 
 TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
@@ -118,16 +118,6 @@ def test_a_step_reads_its_batch_once(tmp_path, micro_batches):
     assert sum(seen) == len(batch)
 
 
-def test_rows_read_by_their_lengths_come_back_in_their_order(tmp_path):
-    policy = model().eval()
-    samples = [sample("7" * (1 + i * 7 % 23), 0.0, policy) for i in range(70)]
-    batch = collate(samples, 0)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    logps, _ = _by_length(policy, ids, mask, None, kept=batch["completion_ids"].shape[1])
-    assert torch.allclose(logps, batch["sampling_per_token_logps"], atol=1e-5)
-
-
 def test_advantages_act_per_token(tmp_path):
     """One token of the answer earned, the next cost: they must move apart."""
     policy = model()
@@ -153,7 +143,8 @@ def test_micro_batches_change_memory_not_the_step(tmp_path):
         ]  # 3 rows do not divide by 2
         run(policy, [batch], tmp_path / str(pieces), micro_batches=pieces, lr=1e-2)
         results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    # a tenth of a step: Adam makes one of every gradient, rounding errors too
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
 
 
 def test_collating_pads_prompts_left_and_completions_right():

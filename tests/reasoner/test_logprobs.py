@@ -72,6 +72,83 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_logits(make,
         assert (gradients[name] - want).norm() <= 1e-4 * want.norm() + 1e-9, name
 
 
+def branching(questions=3, children=6, length=7, prompt=4):
+    """Rows of few distinct tokens, so that the children of a question part late, some never; lengths differ."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 5, (questions * children, prompt + length))
+    ids[:, :prompt] = torch.randint(3, 6, (questions, prompt)).repeat_interleave(children, 0)
+    mask = torch.ones_like(ids)
+    for row in range(len(ids)):
+        mask[row, : row // children] = 0  # one prompt, one length
+        mask[row, prompt + 1 + row % length :] = 0
+    shuffled = torch.randperm(len(ids))
+    return ids[shuffled], mask[shuffled], length
+
+
+def way_of(model, ids, mask, kept, way, monkeypatch):
+    with monkeypatch.context() as patch:
+        if way == "rows":
+            patch.setattr("reasoner.model.layout.WIDEST", 0)
+        model.train()
+        model.zero_grad()
+        read = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda module, given: read.append(len(given[0])))
+        logp, entropy = token_logprobs(model, ids, mask, kept)
+        weights = torch.linspace(-1, 1, logp.numel()).view_as(logp)
+        ((logp * weights).sum() + 0.3 * entropy.sum()).backward()
+        hook.remove()
+        loads = [block.mlp.load_E.double() for block in model.model.layers[1:]]
+        for block in model.model.layers[1:]:
+            block.mlp.load_E = None
+        return logp, entropy, {n: p.grad.clone() for n, p in model.named_parameters()}, loads, sum(read)
+
+
+def test_what_rows_have_in_common_is_read_once_and_nothing_changes(monkeypatch):
+    """Log-probabilities, entropies, gradients and the experts' loads are those of rows read one by one."""
+    model, given = ours(), branching()
+    logp, entropy, gradients, loads, read = way_of(model, *given, "trees", monkeypatch)
+    want_logp, want_entropy, want_gradients, want_loads, want_read = way_of(model, *given, "rows", monkeypatch)
+    torch.testing.assert_close(logp, want_logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, want_entropy, atol=1e-5, rtol=0)
+    for name, want in want_gradients.items():
+        assert (gradients[name] - want).norm() <= 1e-4 * want.norm() + 1e-9, name
+    assert all(torch.equal(load, want) for load, want in zip(loads, want_loads, strict=True))
+    ids, mask, _ = given
+    beginnings = {
+        (tuple(row[:4].tolist()), tuple(real[:4].tolist()), *row[: i + 1][real[: i + 1].bool()].tolist())
+        for row, real in zip(ids, mask, strict=True)
+        for i in range(ids.shape[1])
+        if real[i]
+    }
+    assert read == len(beginnings) < want_read == mask.sum()
+
+
+def test_questions_that_begin_alike_do_not_see_each_other():
+    """One prompt is the beginning of another's prompt and answer."""
+    model = ours()
+    ids = torch.tensor([[0, 5, 6, 7, 8], [5, 6, 7, 8, 9], [0, 5, 6, 7, 9]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    alone = [token_logprobs(model, ids[i : i + 1], mask[i : i + 1], 2)[0] for i in range(3)]
+    torch.testing.assert_close(token_logprobs(model, ids, mask, 2)[0], torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_trees_that_would_be_too_wide_are_read_row_by_row(monkeypatch):
+    model, (ids, mask, kept) = ours(), branching()
+    _, _, _, _, read = way_of(model, ids, mask, kept, "rows", monkeypatch)
+    assert read == mask.sum()
+
+
+@pytest.mark.parametrize("make", [ours, llama])
+def test_rows_read_by_their_lengths_come_back_in_their_order(make, monkeypatch):
+    monkeypatch.setattr("reasoner.model.layout.WIDEST", 0)
+    model, (ids, mask, kept) = make(), branching(questions=16, children=6)
+    with torch.no_grad():
+        logp, entropy = token_logprobs(model, ids, mask, kept)
+        want_logp, want_entropy = by_logits(model, ids, mask, kept, temperature=1.0)
+    torch.testing.assert_close(logp, want_logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, want_entropy, atol=1e-5, rtol=0)
+
+
 def test_heads_that_are_more_than_a_matrix_are_left_to_the_model():
     assert is_plain(ours()) and is_plain(llama())
     assert not is_plain(llama(final_logit_softcapping=30.0)) and not is_plain(llama(logits_scaling=2.0))
