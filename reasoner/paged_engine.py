@@ -1,8 +1,9 @@
 """An engine in this process for our own model: continuous batching over the paged latent cache, on the kernels.
 
-Needs torch and transformers alone. Rows join and leave between two tokens; the children of one prefix share its full
-pages; what is given back is found again by whoever begins with the same tokens; where pages run out, the youngest row
-gives way and is read again later. On a GPU one decode step is one CUDA graph per batch size.
+Needs torch and transformers alone. Rows join and leave between two tokens. Rows with the same tokens so far sit in one
+seat and are computed once, until they draw different ones; then they share their full pages. What is given back is
+found again by whoever begins with the same tokens; where pages run out, the youngest rows give way and are read again
+later. On a GPU one decode step is one CUDA graph per batch size.
 Knows nothing of tasks, searches or learning. Neighbours: `rollouts.local_engine` is the front (extend, at, write) and
 the same for any other model; `paged_model` runs the model; `paged_books` says who has which page.
 """
@@ -15,7 +16,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,14 +75,11 @@ def paged_engine(
 
 
 @dataclass(eq=False)
-class _Seat:
-    """A row that is being decoded, and its pages."""
+class _Asked:
+    """A row, and whom to tell when it is complete."""
 
     row: Row
     done: asyncio.Future[None]
-    pages: list[int]
-    written: int = 0  # tokens whose latents are in the cache
-    pure: bool = True  # all of them under the weights of now
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -89,12 +87,22 @@ class _Seat:
 
 
 @dataclass(eq=False)
-class _Family:
-    """Seats that begin with the same tokens: the first one's are read, the others share or copy."""
+class _Seat:
+    """Rows whose tokens are the same so far, and their pages."""
 
+    asked: list[_Asked]
+    pages: list[int]
+    written: int  # tokens whose latents are in the cache
+    pure: bool = True  # all of them under the weights of now
+
+
+@dataclass(eq=False)
+class _New:
+    """A seat whose tokens are to be read, and how many were found in the cache."""
+
+    seat: _Seat
     ids: tuple[int, ...]
-    past: int  # tokens found in the cache
-    seats: list[_Seat] = field(default_factory=list)
+    past: int
 
 
 class PagedDecoder:
@@ -126,7 +134,7 @@ class PagedDecoder:
         self._model, self._words, self._rows, self._table = model, words, rows, table
         self._pages, self._cache = Pages(count, page), PagedCache(model, count, page, record=record)
         self._seats: list[_Seat] = []  # the oldest first
-        self._queue: deque[tuple[Row, asyncio.Future[None]]] = deque()
+        self._queue: deque[_Asked] = deque()
         self._lock = threading.Lock()  # held for one token of every row, or while weights are written
         self._worker: asyncio.Task[None] | None = None
         self._graphs = StepGraphs(model, self._cache, table) if model.device.type == "cuda" else None
@@ -148,11 +156,11 @@ class PagedDecoder:
             if not 0 <= min(ids) <= max(ids) < vocabulary:
                 raise ValueError(f"a path has token {max(ids)} (or {min(ids)}): this model knows 0 to {vocabulary - 1}")
         loop = asyncio.get_running_loop()
-        asked = [(row, loop.create_future()) for row in rows]
+        asked = [_Asked(row, loop.create_future()) for row in rows]
         self._queue.extend(asked)
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work(loop))
-        await asyncio.gather(*(future for _, future in asked))
+        await asyncio.gather(*(each.done for each in asked))
 
     async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._queue:
@@ -160,7 +168,7 @@ class PagedDecoder:
             try:
                 await asyncio.to_thread(self._drain, loop)
             except BaseException as error:  # a mistake of ours: nobody may wait for ever
-                _settle([*(seat.done for seat in self._seats), *(done for _, done in self._queue)], error)
+                _settle([*(each for seat in self._seats for each in seat.asked), *self._queue], error)
                 raise
 
     @torch.inference_mode()
@@ -170,44 +178,46 @@ class PagedDecoder:
             with self._lock:
                 complete, error = self._turn()
             if complete:
-                loop.call_soon_threadsafe(_settle, [seat.done for seat in complete], error)
+                loop.call_soon_threadsafe(_settle, complete, error)
 
     # --- one turn
 
-    def _turn(self) -> tuple[list[_Seat], Exception | None]:
-        """One more token for every row, and the first of those let in. Returns seats that are done, or that failed."""
-        self._leave([seat for seat in self._seats if seat.done.done()])  # cancelled
+    def _turn(self) -> tuple[list[_Asked], Exception | None]:
+        """One more token for every row, and the first of those let in. Returns rows that are done, or that failed."""
+        for seat in list(self._seats):
+            self._leave(seat, [each for each in seat.asked if each.done.done()], recorded=False)  # cancelled
         self._grow()
-        old, families = list(self._seats), self._admit()
-        self._seats += [seat for family in families for seat in family.seats]
-        seats = list(self._seats)
+        old, new = list(self._seats), self._admit()
+        self._seats += [each.seat for each in new]
+        seats, everybody = list(self._seats), [each for seat in self._seats for each in seat.asked]
         if not seats:
             return [], None
         try:
-            logits_NV = self._read(old, families)
+            logits_BV = self._read(old, new)
             for seat in old:
                 seat.written += 1
-            if families:
-                self._fork(families)
-                owner = [i for i, family in enumerate(families, len(old)) for _ in family.seats]
-                logits_NV = logits_NV[[*range(len(old)), *owner]]
-            return self._append(seats, logits_NV), None
+            for each in new:
+                self._pages.remember(each.ids, each.seat.pages)
+            return self._append(seats, logits_BV), None
         except Exception as error:  # belongs to those who asked, not to this thread
-            return self._leave(seats, failed=True), error
+            for seat in list(self._seats):
+                seat.pure = False  # what its pages hold is not to be found
+                self._leave(seat, seat.asked, recorded=False)
+            return everybody, error
 
-    def _read(self, old: list[_Seat], families: list[_Family]) -> Tensor:
-        """Logits after one more token of each old seat, and after the beginning of each family."""
+    def _read(self, old: list[_Seat], new: list[_New]) -> Tensor:
+        """Logits after one more token of each old seat, and after the beginning of each new one."""
         next_tokens, device = self._next_tokens(old), self._model.device
-        if not families:
+        if not new:
             if self._graphs:
                 return self._graphs(*next_tokens)
             return decode(self._model, self._cache, *next_tokens)
         parts = [one_more(*(t.to(device) for t in next_tokens))] if old else []
         begun = whole(
             self._cache,
-            [family.ids for family in families],
-            [family.seats[0].pages for family in families],
-            [family.past for family in families],
+            [each.ids for each in new],
+            [each.seat.pages for each in new],
+            [each.past for each in new],
         )
         return read(self._model, self._cache, *parts, begun)
 
@@ -220,112 +230,133 @@ class PagedDecoder:
             row[: len(seat.pages)] = seat.pages
         slots = [seat.pages[w // size] * size + w % size for seat, w in zip(seats, written, strict=True)]
         return (
-            torch.tensor([seat.row.ids[-1] for seat in seats]),
+            torch.tensor([seat.asked[0].row.ids[-1] for seat in seats]),
             torch.tensor(written),
             torch.tensor(slots),
             torch.from_numpy(table_BX),
             torch.tensor(written, dtype=torch.int32) + 1,
         )
 
-    def _append(self, seats: list[_Seat], logits_BV: Tensor) -> list[_Seat]:
-        """Draw a token for each seat. Returns the seats whose rows are complete, which have left."""
-        rows = [seat.row for seat in seats]
-        tokens, logprobs = draw(logits_BV, rows, self._words)
+    def _append(self, seats: list[_Seat], logits_BV: Tensor) -> list[_Asked]:
+        """Draw a token for each row. Returns the rows that are complete, which have left."""
+        rows = [each.row for seat in seats for each in seat.asked]
+        owners = [i for i, seat in enumerate(seats) for _ in seat.asked]
+        tokens, logprobs = draw(logits_BV, rows, self._words, owners)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.append(token, logprob, self.version)
         self.ledger += Ledger(generated=len(rows))
-        return self._leave([seat for seat in seats if seat.row.complete(self._words)])
+        complete, forks = [], []
+        for seat in seats:
+            ended = [each for each in seat.asked if each.row.complete(self._words)]
+            self._leave(seat, ended)
+            complete += ended
+            forks += self._part(seat)
+        if forks:
+            self._cache.copy(*map(list, zip(*forks, strict=True)))
+        return complete
 
     # --- who sits where
 
-    def _admit(self) -> list[_Family]:
+    def _admit(self) -> list[_New]:
         """Seats for those who wait, as many as rows, pages and one prefill take. Their pages are theirs already.
 
         One page for every row is left alone, so that those who sit can go on for a while. Nobody is let in before an
-        eighth of the rows, or seats for all who wait, are free: a pass that reads prompts costs more than one that
-        does not.
+        eighth of the rows, or room for all who wait, is free: a pass that reads prompts costs more than one that does
+        not.
         """
-        families: dict[tuple[int, ...], _Family] = {}
-        seated, size = len(self._seats), self._pages.size
+        new: dict[tuple[int, ...], _New] = {}
+        seated, size = sum(len(seat.asked) for seat in self._seats), self._pages.size
         if seated and self._rows - seated < min(len(self._queue), self._rows // 8):
             return []
         longest = 0
         while self._queue and seated < self._rows:
-            row, done = self._queue[0]
-            if done.done():  # cancelled
+            asked = self._queue[0]
+            if asked.done.done():  # cancelled
                 self._queue.popleft()
                 continue
-            ids = (*row.request.ids, *row.ids)
-            family, whole = families.get(ids), len(ids) // size
-            if family is None:
+            ids = asked.ids
+            known = ids in new
+            if not known:
                 shared = self._pages.find(ids[:-1])  # the last token is read in any case: its logits are needed
-                longest = max(longest, len(ids))
-                fits = (len(families) + 1) * longest <= PREFILL or not families
-            else:
-                shared, fits = family.seats[0].pages[:whole], True
-            wanted = -(-len(ids) // size) - len(shared) + self._pages.idle(shared)
-            if not fits or self._pages.available < wanted + (seated + 1 if seated else 0):
+                longest, count = max(longest, len(ids)), -(-len(ids) // size)
+                wanted = count - len(shared) + self._pages.idle(shared)
+                fits = (len(new) + 1) * longest <= PREFILL or not new
+                if not fits or self._pages.available < wanted + (seated + 1 if seated else 0):
+                    break
+                for page in shared:
+                    self._pages.share(page)
+                pages = shared + [self._pages.take() for _ in range(count - len(shared))]
+                new[ids] = _New(_Seat([], pages, written=len(ids)), ids, past=len(shared) * size)
+                self.ledger += Ledger(prefilled=len(ids) - new[ids].past)
+            elif self._pages.available < seated + 1:
                 break
             self._queue.popleft()
-            for page in shared:
-                self._pages.share(page)
-            pages = shared + [self._pages.take() for _ in range(-(-len(ids) // size) - len(shared))]
-            cached = len(shared) * size if family is None else len(ids)
-            if not row.ids:  # not one that had to give way
-                row.cached = cached
-                self.ledger += Ledger(cached=cached)
-            if family is None:
-                family = families[ids] = _Family(ids, past=cached)
-                self.ledger += Ledger(prefilled=len(ids) - cached)
-            family.seats.append(_Seat(row, done, pages, written=len(ids)))
+            new[ids].seat.asked.append(asked)
+            if not asked.row.ids:  # not one that had to give way
+                asked.row.cached = len(ids) if known else new[ids].past
+                self.ledger += Ledger(cached=asked.row.cached)
             seated += 1
-        return list(families.values())
+        return list(new.values())
 
-    def _fork(self, families: list[_Family]) -> None:
-        """The page that is not full is each child's own: copy it. The full ones may be found from now on."""
-        sources, targets = [], []
-        for family in families:
-            first, *others = (seat.pages for seat in family.seats)
-            self._pages.remember(family.ids, first)
-            if len(family.ids) % self._pages.size:
-                sources += [first[-1]] * len(others)
-                targets += [pages[-1] for pages in others]
-        if targets:
-            self._cache.copy(sources, targets)
+    def _part(self, seat: _Seat) -> list[tuple[int, int]]:
+        """A seat of its own for the rows that drew another token than the first one. Returns pages to copy: from, to.
+
+        The page that is not full becomes each one's own. Where there is none, the rows wait.
+        """
+        if len(seat.asked) < 2:
+            return []
+        branches: dict[int, list[_Asked]] = {}
+        for asked in seat.asked:
+            branches.setdefault(asked.row.ids[-1], []).append(asked)
+        (seat.asked, *others), forks = branches.values(), []
+        full, rest = divmod(seat.written, self._pages.size)
+        for asked in others:
+            if rest and not self._pages.available:
+                self._wait(asked)
+                continue
+            pages = seat.pages[:full]
+            for page in pages:
+                self._pages.share(page)
+            if rest:
+                pages.append(self._pages.take())
+                forks.append((seat.pages[full], pages[full]))
+            self._seats.append(_Seat(asked, pages, seat.written, seat.pure))
+        return forks
 
     def _grow(self) -> None:
-        """A page for everybody whose last one is full. Where there is none, the youngest row gives way."""
+        """A page for every seat whose last one is full. Where there is none, the youngest gives way."""
         for seat in list(self._seats):
             if seat.written < len(seat.pages) * self._pages.size or seat not in self._seats:
                 continue
             while not self._pages.available:
-                youngest = self._seats.pop()
-                self._give_back(youngest)
-                self._queue.appendleft((youngest.row, youngest.done))
+                youngest = self._seats[-1]
+                self._wait(youngest.asked)
+                self._leave(youngest, youngest.asked, recorded=False)
                 if youngest is seat:
                     break
             else:
                 seat.pages.append(self._pages.take())
 
-    def _leave(self, seats: list[_Seat], *, failed: bool = False) -> list[_Seat]:
-        """The seats are empty from now on, and their pages free."""
-        if not seats:
-            return []
-        size = self._pages.size
-        for seat in seats:
-            if not failed:
-                start = seat.row.recorded // self._record_bytes
-                slots = [seat.pages[i // size] * size + i % size for i in range(start, seat.written)]
-                seat.row.experts = self._cache.experts_at(slots)
-            self._give_back(seat, known=not failed)
-        gone = set(seats)
-        self._seats = [seat for seat in self._seats if seat not in gone]
-        return seats
+    def _wait(self, asked: list[_Asked]) -> None:
+        """They are the first to be let in again, and read again."""
+        self._queue.extendleft(reversed(asked))
 
-    def _give_back(self, seat: _Seat, *, known: bool = True) -> None:
-        if seat.pure and known:
-            self._pages.remember(seat.ids[: seat.written], seat.pages)
-        self._pages.give_back(seat.pages)
+    def _leave(self, seat: _Seat, gone: list[_Asked], *, recorded: bool = True) -> None:
+        """Some of a seat's rows leave, with what was recorded of their experts. Nobody's seat is given back."""
+        if not gone:
+            return
+        size, ids = self._pages.size, gone[0].ids[: seat.written]
+        for row in (each.row for each in gone if recorded):
+            start = row.recorded // self._record_bytes
+            slots = [seat.pages[i // size] * size + i % size for i in range(start, seat.written)]
+            row.experts = self._cache.experts_at(slots)
+        left = set(gone)
+        seat.asked = [each for each in seat.asked if each not in left]
+        if not seat.asked:
+            if seat.pure:
+                self._pages.remember(ids, seat.pages)
+            self._pages.give_back(seat.pages)
+            self._seats.remove(seat)
 
     @property
     def _record_bytes(self) -> int:
@@ -333,8 +364,15 @@ class PagedDecoder:
         return 2 * self._model.config.num_hidden_layers * self._model.config.num_experts_per_tok
 
 
-def draw(logits_BV: Tensor, rows: list[Row], words: Words) -> tuple[list[int], list[float]]:
-    """A token of each row and its log-probability under the law it was drawn from."""
+def draw(
+    logits_BV: Tensor, rows: list[Row], words: Words, owners: list[int] | None = None
+) -> tuple[list[int], list[float]]:
+    """A token of each row and its log-probability under the law it was drawn from.
+
+    owners: which logits are whose, where rows share them.
+    """
+    if len(logits_BV) < len(rows):
+        logits_BV = logits_BV[owners]
     settings = [row.request.sampling for row in rows]
     heats = {each.temperature for each in settings}
     if target_of(logits_BV) and len(heats) == 1 and all(map(_plain, rows)):
@@ -365,8 +403,8 @@ def _seeds(paths: list[int], counts: list[int]) -> Tensor:
     return torch.from_numpy((z ^ (z >> np.uint64(31))).view(np.int64))
 
 
-def _settle(futures: list[asyncio.Future[None]], error: BaseException | None) -> None:
-    for future in futures:
+def _settle(asked: list[_Asked], error: BaseException | None) -> None:
+    for future in (each.done for each in asked):
         if not future.done():
             future.set_exception(error) if error else future.set_result(None)
 

@@ -276,6 +276,48 @@ def test_pages_in_use_at_once_are_fewer_than_without_sharing():
     assert max(most) <= 6 + 10 * 1  # six full pages for all, and one of its own for each
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
+def test_rows_are_computed_once_until_they_draw_different_tokens(temperature):
+    """As many tokens go through the head as there are distinct beginnings of what was drawn."""
+    of, read = model(), []
+    local = engine(of, page=4, temperature=temperature)
+    of.lm_head.register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
+    paths = flat(run(*(local.extend(Trajectory(PROMPT[i:], seed=i), n=7) for i in (0, 1))))
+    beginnings = {path.ids[:i] for path in paths for i in range(len(path.prompt), len(path.ids))}
+    drawn = sum(path.length for path in paths)
+    assert sum(read) == len(beginnings) and local.ledger.generated == drawn
+    assert len(beginnings) * (7 if temperature == 0 else 1) <= drawn
+    assert_law(of, paths, temperature or 1.0)
+
+
+def test_rows_in_one_seat_keep_their_own_limits_and_laws():
+    """Calls that begin alike but end, and draw, by different settings."""
+    of = model()
+    local = engine(of, max_tokens=12)
+    same = Trajectory(PROMPT, seed=1)
+    long, short, cold, few = run(
+        local.extend(same),
+        local.at(max_tokens=5).extend(same),
+        local.at(temperature=0.0).extend(same),
+        local.extend(same, until=TOKENS(3)),
+    )
+    assert short[0].ids == long[0].ids[: len(PROMPT) + 5] and few[0].ids == long[0].ids[: len(PROMPT) + 3]
+    assert (len(short[0].ids), short[0].end, few[0].end) == (len(PROMPT) + 5, "length", None)
+    assert_law(of, [*long, *short, *cold, *few])
+    assert cold[0].ids == run(engine(of, max_tokens=12, temperature=0.0).extend(same))[0][0].ids
+
+
+@pytest.mark.parametrize("pages", [6, 7, 9, 12])
+def test_rows_that_part_where_no_page_is_left_wait_and_lose_nothing(pages):
+    """Six children agree for a while; a sequence takes five pages, and the cache holds hardly more."""
+    want = run(engine(page=4, temperature=0.5).extend(Trajectory(PROMPT, seed=3), n=6))[0]
+    local = engine(page=4, temperature=0.5, context=20, cache_gib=cache_of(pages))
+    got = run(local.extend(Trajectory(PROMPT, seed=3), n=6))[0]
+    assert [path.ids[:20] for path in got] == [path.ids[:20] for path in want]
+    assert local._decoder._pages.available == local._decoder._pages.count
+    assert_law(model(), got, 0.5)
+
+
 # --- weights
 
 
