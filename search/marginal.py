@@ -216,6 +216,7 @@ METHODS: dict[str, Callable[[Draws], Masses]] = {
     "distinct_sum": distinct_sum,
 }
 _LOGPROBS = {"importance", "horvitz_thompson", "gumbel", "distinct_sum"}
+_PLAIN = {"vote", "importance", "horvitz_thompson", "rao_blackwell"}
 _SCORED = {"prm", "weighted", "best"}
 
 
@@ -376,7 +377,7 @@ def group(answers: Sequence[str | None], equal: Equal | None = None) -> tuple[li
 
     apart = []
     for left, right in combinations(unique, 2) if equal is not None else ():
-        if equal(left, right) and equal(right, left):
+        if _agree(equal, left, right) and _agree(equal, right, left):
             a, b = sorted((root(left), root(right)), key=unique.index)
             parent[b] = a
         else:
@@ -385,6 +386,23 @@ def group(answers: Sequence[str | None], equal: Equal | None = None) -> tuple[li
     index = {text: names.index(root(text)) for text in unique}
     odd = next((f"{a!r} and {b!r} are joined only through others" for a, b in apart if root(a) == root(b)), "")
     return [-1 if text is None else index[text] for text in answers], names, odd
+
+
+def _agree(equal: Equal, left: str, right: str) -> bool:
+    try:
+        return bool(equal(left, right))
+    except Exception as error:
+        raise ValueError(
+            f"equal({left!r}, {right!r}) raised {error!r}: give an equality that can judge any two answers, or an "
+            "answer= that is None for what is no answer"
+        ) from error
+
+
+def _read(answer: Answer, path: Trajectory) -> str | None:
+    try:
+        return answer(path.text)
+    except Exception as error:
+        raise ValueError(f"answer({path.text!r:.80}) raised {error!r}: give None where there is no answer") from error
 
 
 # -- what the public face is made of --------------------------------------------------------------------------------
@@ -402,14 +420,14 @@ def _draws(
 ) -> tuple[Draws, list[str], list[int], str]:
     if weights is None and method in _SCORED and all(path.value is not None for path in paths):
         weights = [path.value for path in paths]
-    _check(paths, method, target, weights)
-    found = [answer(path.text) for path in paths] if callable(answer) else list(answer)
+    _check(paths, method, target, weights, slots)
+    found = [_read(answer, path) for path in paths] if callable(answer) else list(answer)
     if len(found) != len(paths):
         raise ValueError(f"{len(found)} answers for {len(paths)} paths: give one for each, None where there is none")
     # Unfinished is never a vote, whatever its text seems to say.
     answers = [text if path.end == "stop" else None for path, text in zip(paths, found, strict=True)]
     if method == "rao_blackwell" and slots is None:
-        slots = [read_slot(path, answer) for path in paths]
+        slots = _slots(paths, answer)
     extra = [text for slot in slots or () for text in slot if text not in answers]
     classes, names, odd = group([*answers, *dict.fromkeys(extra)], equal)
     where = dict(zip([*answers, *dict.fromkeys(extra)], classes, strict=True))
@@ -437,7 +455,13 @@ def _draws(
     return draws, names, classes, odd
 
 
-def _check(paths: Sequence[Trajectory], method: str, target: Floats | None, weights: Floats | None) -> None:
+def _check(
+    paths: Sequence[Trajectory],
+    method: str,
+    target: Floats | None,
+    weights: Floats | None,
+    slots: Sequence[Mapping[str, float]] | None,
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}")
     if not paths:
@@ -455,15 +479,25 @@ def _check(paths: Sequence[Trajectory], method: str, target: Floats | None, weig
         raise ValueError(f"weights go down to {min(weights)}: votes need weights of at least 0")
     if target is not None and any(math.isnan(t) or t > 1e-3 for t in target):
         raise ValueError("target holds NaN or a positive log-probability: give log p of each path in nats")
+    if slots is not None and len(slots) != len(paths):
+        raise ValueError(f"{len(slots)} slots for {len(paths)} paths: give one for each")
+    for slot in slots or ():
+        if not (all(p >= 0 for p in slot.values()) and math.fsum(slot.values()) <= 1 + 1e-6):
+            raise ValueError(f"slot {dict(slot)} is no distribution: give probabilities of answers, at most 1 in all")
     if method in _LOGPROBS:
         _check_logprobs(paths, method, target)
+    if method in _PLAIN and any(path.log_weight for path in paths):
+        raise ValueError(
+            f"method={method!r} needs paths drawn independently, and these carry weights: use the method of the search "
+            "that drew them ('gumbel' after 'distinct', 'particle' after 'particle')"
+        )
     if method == "gumbel" and all(path.log_weight == 0 for path in paths) and len(paths) > 1:
         raise ValueError("method='gumbel' needs paths of the search 'distinct', whose log_weight is set")
 
 
 def _check_logprobs(paths: Sequence[Trajectory], method: str, target: Floats | None) -> None:
     for i, path in enumerate(paths):
-        if math.isnan(path.logprob) or path.logprob > 1e-3:
+        if not -math.inf < path.logprob < 1e-3:
             raise ValueError(
                 f"method={method!r} needs logprobs, and path {i} has log p = {path.logprob}: "
                 "ask the engine for logprobs of the sampled tokens, or use method='vote'"
@@ -542,19 +576,31 @@ def _caveats(method: str, sampling: Sampling | None, target: Floats | None, d: D
     return notes
 
 
-def read_slot(path: Trajectory, answer: Answer | Sequence[str | None] = last_line) -> dict[str, float]:
-    """p(answer | reasoning) from the alternatives at the path's answer token.
+def _slots(paths: Sequence[Trajectory], answer: Answer | Sequence[str | None]) -> list[dict[str, float]]:
+    """`read_slot` of each path. Raises ValueError where answers go on too often to be read from one token."""
+    slots, going_on = zip(*(read_slot(path, answer) for path in paths), strict=True)
+    if math.fsum(going_on) > 0.01 * len(paths):
+        raise ValueError(
+            "method='rao_blackwell' reads answers of one token that ends the path, but these paths go on after it with "
+            f"a chance of {math.fsum(going_on) / len(paths):.2g}: pass slots=, or use method='vote'"
+        )
+    return list(slots)
+
+
+def read_slot(path: Trajectory, answer: Answer | Sequence[str | None] = last_line) -> tuple[dict[str, float], float]:
+    """p(answer | reasoning) from the alternatives at the path's answer token, and the chance that it went on after it.
 
     Works where every answer is one token that ends the path (else pass `slots`): each alternative there is put in its
-    place and read by `answer`; those that give no answer are left out. With all alternatives listed it is exact.
+    place and read by `answer`. Left out are those that give no answer, and those that end a line where the path's own
+    token does not, or the other way round: they are of another kind. With all alternatives listed it is exact.
     """
     if not callable(answer):
         raise ValueError("method='rao_blackwell' reads alternatives by answer(text): pass a function, or slots=")
     found = answer(path.text)
     if path.end != "stop" or found is None:
-        return {}
+        return {}, 0.0
     tokens = [(step, i) for step in path.steps for i in range(len(step.ids))]
-    tail = ""
+    tail, ending = "", 0.0
     for step, i in reversed(tokens):
         if not step.top:
             break
@@ -566,14 +612,16 @@ def read_slot(path: Trajectory, answer: Answer | Sequence[str | None] = last_lin
         if own.strip() and answer(before + own) == found:
             slot: dict[str, float] = {}
             for a in step.top[i]:
-                text = answer(before + a.text) if a.text.strip() else None
+                alike = a.text.strip() and a.text.endswith("\n") == own.endswith("\n")
+                text = answer(before + a.text) if alike else None
                 if text is not None and text != answer(before):
                     slot[text] = slot.get(text, 0.0) + math.exp(a.logprob)
             if found in slot:  # given that the path answers here: other alternatives would have gone on reasoning
                 total = math.fsum(slot.values())
-                return {text: p / total for text, p in slot.items()}
+                return {text: p / total for text, p in slot.items()}, -math.expm1(min(ending, 0.0))
         elif own.strip():
             break
+        ending += step.logprobs[i]
     raise ValueError(
         "method='rao_blackwell' needs the alternatives at a one-token answer: draw with engine.at(top=K), "
         "or pass slots=, one mapping from answer to probability per path"

@@ -12,7 +12,7 @@ from search.base import Sampling, Step, Trajectory
 from search.distinct import Distinct
 from search.marginal import at_k, estimate, group, read_slot
 from search.sample import Sample
-from search.toy import ChainEngine, random_chain, same_number, trap
+from search.toy import Chain, ChainEngine, random_chain, same_number, trap
 
 CHAIN = trap()
 EXACT = {"18": 0.5893, "60": 0.25, "7": 0.1607}
@@ -243,11 +243,22 @@ def test_vote_needs_no_logprobs():
         ({"method": "rao_blackwell"}, "alternatives at a one-token answer"),
         ({"method": "importance", "target": [math.nan, 0.0]}, "target holds NaN"),
         ({"answer": ["1"]}, "1 answers for 2 paths"),
+        ({"answer": lambda text: 1 / 0}, r"answer\('1'\) raised ZeroDivisionError"),
+        ({"equal": lambda a, b: 1 / 0}, r"equal\('1', '2'\) raised ZeroDivisionError"),
+        ({"method": "rao_blackwell", "slots": [{"1": 1.0}]}, "1 slots for 2 paths"),
+        ({"method": "rao_blackwell", "slots": [{"1": 0.9, "2": 0.2}, {}]}, "no distribution"),
     ],
 )
 def test_bad_input_is_named(how, message):
     with pytest.raises(ValueError, match=message):
         estimate([path("1", (5, 1)), path("2", (6, 1))], **how)
+
+
+@pytest.mark.parametrize("method", ["vote", "importance", "horvitz_thompson", "rao_blackwell"])
+def test_weighted_paths_are_not_counted_as_independent_ones(method):
+    weighed = replace(path("1", (5, 1)), log_weight=-1.0)
+    with pytest.raises(ValueError, match="these carry weights"):
+        estimate([weighed, path("2", (6, 1))], method=method, slots=[{"1": 1.0}, {"2": 1.0}])
 
 
 def test_paths_of_two_questions_are_refused():
@@ -320,5 +331,17 @@ def test_prm_weights_move_the_answer_and_admit_what_they_are():
 
 def test_slot_holds_the_exact_answer_law_of_its_branch():
     reasoned = next(p for p in draw(50, top=60) if p.text.startswith("S"))
-    slot = read_slot(reasoned, CHAIN.answer)
+    slot, going_on = read_slot(reasoned, CHAIN.answer)
     assert slot == pytest.approx({"60": 0.05, "18": 0.60, "18.0": 0.12, "$18": 0.10, "7": 0.13})
+    assert going_on == 0
+    assert read_slot(reasoned)[0] == slot, "a line of reasoning is no answer, also where nobody tells them apart"
+
+
+def test_slots_are_refused_where_the_path_may_go_on_after_its_answer():
+    tokens = ("?", "", "1", "2")  # 1 ends or becomes 11, 12, ...; 2 always ends
+    p = np.array([[0, 0, 0.5, 0.5], [0, 1, 0, 0], [0, 0.5, 0.25, 0.25], [0, 1, 0, 0]])
+    chain = Chain(tokens, p, {2: "1", 3: "2"})
+    paths = asyncio.run(ChainEngine(chain).at(top=4).extend(chain.root(1), n=20))
+    with pytest.raises(ValueError, match="go on after it with a chance of 0"):
+        estimate(paths, method="rao_blackwell")
+    assert estimate(paths, method="horvitz_thompson").answer == "2"
