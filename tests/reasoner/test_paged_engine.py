@@ -307,15 +307,18 @@ def test_rows_in_one_seat_keep_their_own_limits_and_laws():
     assert cold[0].ids == run(engine(of, max_tokens=12, temperature=0.0).extend(same))[0][0].ids
 
 
-@pytest.mark.parametrize("pages", [6, 7, 9, 12])
-def test_rows_that_part_where_no_page_is_left_wait_and_lose_nothing(pages):
-    """Six children agree for a while; a sequence takes five pages, and the cache holds hardly more."""
-    want = run(engine(page=4, temperature=0.5).extend(Trajectory(PROMPT, seed=3), n=6))[0]
-    local = engine(page=4, temperature=0.5, context=20, cache_gib=cache_of(pages))
-    got = run(local.extend(Trajectory(PROMPT, seed=3), n=6))[0]
-    assert [path.ids[:20] for path in got] == [path.ids[:20] for path in want]
+def test_rows_that_part_where_no_page_is_left_wait_and_lose_nothing():
+    """One noise under five laws that hardly differ: rows agree for long and part late, when the few pages are taken."""
+
+    def grown(**options):
+        local = engine(page=4, **options)
+        return local, flat(run(*(local.at(temperature=0.5 + 0.01 * k).extend(roots(1)[0]) for k in range(5))))
+
+    local, got = grown(context=20, cache_gib=cache_of(6))
+    _, want = grown(context=20)
+    assert [path.ids for path in got] == [path.ids for path in want] and len({path.ids for path in got}) > 1
+    assert local.ledger.prefilled > len(roots(1)[0].prompt)  # some were read again
     assert local._decoder._pages.available == local._decoder._pages.count
-    assert_law(model(), got, 0.5)
 
 
 # --- weights
