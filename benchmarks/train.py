@@ -2,9 +2,10 @@
 
     python -m benchmarks.train [peer] [step] [lag] [--full]       make bench-train, FULL=1 for the full form
 
-peer  The quickstart's base, tasks and hyperparameters: this system, synchronous and with max_lag = 1, and TRL's
-      GRPOTrainer with its own generation (transformers). Seconds of training until a held-out greedy accuracy is
-      reached. Weights are copied every few steps and evaluated when training is over, off the clock.
+peer  The quickstart's base, tasks and hyperparameters: this system with the engine in its own process, with vLLM,
+      synchronous and with max_lag = 1, and TRL's GRPOTrainer with its own generation (transformers). Seconds of
+      training until a held-out greedy accuracy is reached. Weights are copied every few steps and evaluated when
+      training is over, off the clock.
 step  SmolLM2-135M: seconds of a step, the same three.
 lag   Engines on another machine: rollouts that take a known latency longer and none of our cores. Throughput and
       accuracy at max_lag = 0, at 4, and at 4 without the importance correction.
@@ -239,7 +240,7 @@ def in_a_process(what: str, config: Path, overrides: list[str], latency: float =
 
 
 def against_peer(full: bool, more: list[str]) -> dict[str, Any]:
-    """Rounds of three runs each; ratios are taken within a round."""
+    """Rounds of four runs each; ratios are taken within a round."""
     steps = 60 if full else 12
     rounds = []
     for _ in range(3 if full else 1):
@@ -247,6 +248,7 @@ def against_peer(full: bool, more: list[str]) -> dict[str, Any]:
         found = {
             "sync": in_a_process("ours", CONFIGS / "quickstart.toml", common),
             "trl": in_a_process("peer", CONFIGS / "quickstart.toml", common),
+            "paged": in_a_process("ours", CONFIGS / "quickstart.toml", [*common, "engine.kind=paged"]),
             "max_lag=1": in_a_process("ours", CONFIGS / "quickstart.toml", [*common, "max_lag=1"]),
         }
         rounds.append(found)
