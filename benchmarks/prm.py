@@ -34,10 +34,10 @@ from transformers import AutoTokenizer
 
 from reasoner import step_labels
 from reasoner.credit import GRPO, assign
-from reasoner.learner import collate
 from reasoner.model import load
 from reasoner.paged_engine import paged_engine
 from reasoner.prm import Prm, Settings, measured, tokenised, train
+from reasoner.samples import collate
 from rollouts.base import Group, Rollout
 from rollouts.journal import read
 from rollouts.local_engine import LocalEngine

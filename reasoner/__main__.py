@@ -38,8 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not _mendable(error):
             raise
-        print(f"reasoner: {error}", file=sys.stderr)
+        print(f"reasoner: {_told(error)}", file=sys.stderr)
         return 2
+
+
+def _told(error: Exception) -> str:
+    """What is missing and what works without, where a part of the stack is not installed."""
+    name = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if name not in ("ray", "vllm", "trl", "datasets"):
+        return str(error)
+    return (
+        f"{name} is not installed: `make setup` installs the whole stack; without it `eval` and `search` work on a "
+        "checkpoint with --engine.kind=paged (a model of ours) or local"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,8 +25,9 @@ from reasoner.checkpoints import Position
 from reasoner.config import ConfigError
 from reasoner.credit import spread
 from reasoner.evaluate import greedily
-from reasoner.learner import logprobs, prefer, supervise
+from reasoner.learner import prefer, supervise
 from reasoner.model import export, load, save
+from reasoner.samples import logprobs
 from reasoner.star import Star, VStar, reason_to_drop, resample, sift, stripped, structure, weights
 from reasoner.train import Deck, Stage, draw, push, statistics, tokens_so_far
 from rollouts.base import Group, Rollout

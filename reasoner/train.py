@@ -105,6 +105,8 @@ def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> 
         )
     clock = Clock()
     train_tasks, heldout = load_tasks(run)
+    from reasoner import learner  # noqa: F401 (without TRL nothing is learned: say so before anything is computed)
+
     with PeakMemory() as memory, ExitStack() as stack:
         if resume:
             stack.enter_context(checkpoints.lock(resume))
@@ -407,7 +409,7 @@ def push(engine: Any, model: Any, version: int, export: Any) -> None:
 def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tuple[dict[str, Any], float]:
     """The accuracies of the policy now in the engines, and how far the learner's log-probabilities are from theirs."""
     from reasoner.credit import spread
-    from reasoner.learner import mismatch
+    from reasoner.samples import mismatch
 
     with stage.clock.phase("eval"):
         settings = stage.run.evaluate

@@ -8,8 +8,9 @@ import torch
 
 from reasoner.config import Learner
 from reasoner.credit import Sample
-from reasoner.learner import collate, importance_ratio, learn, logprobs, mismatch, prefer, supervise
+from reasoner.learner import importance_ratio, learn, prefer, supervise
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
+from reasoner.samples import collate, logprobs, mismatch
 
 TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
 

@@ -8,10 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reasoner.config import Learner
 from reasoner.credit import spread
-from reasoner.learner import collate, learn, mismatch
+from reasoner.learner import learn
 from reasoner.logprobs import is_plain, recorded_experts, token_logprobs
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
 from reasoner.paged_engine import paged_engine
+from reasoner.samples import collate, mismatch
 from rollouts.base import Group, Rollout
 from rollouts.journal import Journal, read
 from search.base import STEP, Sampling, Trajectory
