@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import tomllib
 import types
 import typing
@@ -218,6 +219,8 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text in UTF-8: give the path of a TOML file") from None
     for override in overrides:
         _apply(tree, override)
     return tree
@@ -347,6 +350,8 @@ def _expect(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = "a table" if kind is Mapping else f"a {kind.__name__}"
         raise ConfigError(f"{where} = {value!r} is a {type(value).__name__}, it must be {wanted}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} = {value!r}: give a finite number")
     return value
 
 
@@ -430,6 +435,21 @@ def _cross_check(run: Run) -> None:
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
     _check_policies(run.policies)
+    _check_signs(run)
+
+
+def _check_signs(run: Run) -> None:
+    """No key of ours has a meaning below 0; tasks and verifiers read their own."""
+    for key in ("base.batch", "base.hidden", "base.layers", "base.expert_width", "engine.max_num_seqs"):
+        table, name = key.split(".")
+        if getattr(getattr(run, table), name, 1) < 1:
+            raise ConfigError(f"{key} = {getattr(getattr(run, table), name)} is too small: give at least 1")
+    for name in ("blurt", "haste", "hinted", "longer", "guess", "slip"):
+        if not 0 <= getattr(run.base, name, 0) <= 1:
+            raise ConfigError(f"base.{name} = {getattr(run.base, name)} is a share: give a number between 0 and 1")
+    for key, value in _flat(to_dict(run)).items():
+        if isinstance(value, int | float) and value < 0 and not key.startswith(("tasks.", "policies.")):
+            raise ConfigError(f"{key} = {value} must not be negative")
 
 
 def _check_policy(run: Run, learner: Learner) -> None:

@@ -57,6 +57,13 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("learner.router_replay=true", ["'vllm'", "records no experts", "engine.kind = 'paged'"]),
         ("engine.kind='sglang'", ["'vllm'", "'local'"]),
         ("tasks.train=0", ["train=0"]),
+        ("learner.lr=nan", ["learner.lr = nan", "finite"]),
+        ("learner.lr=-1e-4", ["learner.lr = -0.0001", "negative"]),
+        ("verify_timeout=inf", ["verify_timeout = inf", "finite"]),
+        ("seed=-1", ["seed = -1", "negative"]),
+        ("base.blurt=2.0", ["base.blurt = 2.0", "between 0 and 1"]),
+        ("base.batch=0", ["base.batch = 0", "at least 1"]),
+        ("engine.max_num_seqs=0", ["engine.max_num_seqs = 0", "at least 1"]),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, names):
@@ -82,6 +89,8 @@ def test_a_file_that_is_missing_or_broken_is_named(tmp_path):
     assert "does not exist" in refused(path=tmp_path / "no.toml")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     assert "broken.toml" in refused(path=tmp_path / "broken.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    assert "binary.toml is no text" in refused(path=tmp_path / "binary.toml")
     (tmp_path / "empty.toml").write_text("")
     assert "name is missing" in refused(path=tmp_path / "empty.toml")
 
