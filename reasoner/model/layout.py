@@ -3,7 +3,7 @@
 Every layer works on the real tokens alone, (T, D). Attention alone needs a rectangle, one row per sequence, filled
 from the left: then causal attention needs no mask, because what follows a sequence never reaches it. (It is as wide as
 the longest sequence, so pack sequences of like lengths.) Rows with one prompt may share what they have in common: then
-they are one sequence, a tree, and a mask tells its branches apart (`tree`).
+they are a tree, several trees fill one row, and a mask tells who sees whom (`tree`).
 Knows no weights. Neighbours: `mla.py` moves tokens into the rectangle; `transformer.py` moves them back.
 
 Shapes: B, L the input's rows and columns; T real tokens; N sequences of at most S tokens; P tokens already cached.
@@ -27,7 +27,7 @@ class Shared:
     nodes_BL: Tensor  # which node stands where in the input; at padding: any
     parent_T: Tensor  # the node before; that of a first token: any
     copies_T: Tensor  # tokens of the input that the node stands for
-    seen_NSS: Tensor  # whom each node of a tree looks back at, itself too
+    seen_NSS: Tensor  # whom each node looks back at, itself too
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layout:
     positions_T: Tensor  # for the rotary embedding
     mask_BLP: Tensor | None = None  # continuing a cache: which of the P + L keys a query may see; None: all
     continues: bool = False  # keys of earlier tokens are in the cache
-    shared: Shared | None = None  # sequences are trees of rows
+    shared: Shared | None = None  # the rectangle holds trees
 
     def take(self, x_BL: Tensor) -> Tensor:
         """(B, L, ...) -> (T, ...)"""
@@ -137,17 +137,19 @@ def tree(ids_BL: Tensor, mask_BL: Tensor, prompt: int) -> Layout | None:
 
     tree_T = ((~joins_R).cumsum(0) - 1)[row_T]
     sizes_N = torch.bincount(tree_T)
-    trees, width = len(sizes_N), int(sizes_N.max())
+    sizes = sizes_N.tolist()
+    width = max(sizes)
     if width > WIDEST:
         return None
+    starts, rows = _packed(sizes, width)
     first_N = sizes_N.cumsum(0) - sizes_N
-    slots_T = tree_T * width + torch.arange(count, device=device) - first_N[tree_T]
+    slots_T = (torch.tensor(starts, device=device) - first_N)[tree_T] + torch.arange(count, device=device)
 
     before_TL = real_RL[row_T] & (torch.arange(length, device=device) <= column_T[:, None])
-    within_TL = nodes_RL[row_T] - first_N[tree_T][:, None]
+    within_TL = slots_T[nodes_RL[row_T]] % width
     seen_TS = torch.zeros(count, width + 1, dtype=torch.bool, device=device)
     seen_TS.scatter_(1, within_TL.where(before_TL, width), True)
-    seen_SS = torch.eye(width, dtype=torch.bool, device=device).repeat(trees, 1)  # nobody sees nothing
+    seen_SS = torch.eye(width, dtype=torch.bool, device=device).repeat(rows, 1)  # nobody sees nothing
     seen_SS[slots_T] = seen_TS[:, :width]
 
     nodes_BL = nodes_RL[row_B]
@@ -156,12 +158,24 @@ def tree(ids_BL: Tensor, mask_BL: Tensor, prompt: int) -> Layout | None:
         nodes_BL,
         parent_T=nodes_RL[row_T, (column_T - 1).clamp(min=0)],
         copies_T=torch.bincount(nodes_BL[real_BL], minlength=count),
-        seen_NSS=seen_SS.unflatten(0, (trees, width)),
+        seen_NSS=seen_SS.unflatten(0, (rows, width)),
     )
     places_BL = torch.arange(batch * length, device=device).view(batch, length)
     source_T = torch.empty_like(slots_T).scatter_(0, nodes_BL[real_BL], places_BL[real_BL])
     positions_T = column_T - real_RL.int().argmax(1)[row_T]
-    return Layout(batch, length, source_T, trees, width, slots_T, positions_T, shared=shared)
+    return Layout(batch, length, source_T, rows, width, slots_T, positions_T, shared=shared)
+
+
+def _packed(sizes: list[int], width: int) -> tuple[list[int], int]:
+    """Where each tree begins in a rectangle so wide, several in a row where they fit, and its rows: the widest first,
+    each into the first row that has room."""
+    starts, used = [0] * len(sizes), []
+    for tree in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row = next((i for i, taken in enumerate(used) if taken + sizes[tree] <= width), len(used))
+        used += [0] * (row == len(used))
+        starts[tree] = row * width + used[row]
+        used[row] += sizes[tree]
+    return starts, len(used)
 
 
 def continued(x_BL: Tensor, cached: int, mask_BP: Tensor | None, positions_BL: Tensor | None) -> Layout:

@@ -11,6 +11,7 @@ from reasoner.credit import spread
 from reasoner.learner import learn
 from reasoner.logprobs import is_plain, recorded_experts, token_logprobs
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
+from reasoner.model.layout import tree
 from reasoner.paged_engine import paged_engine
 from reasoner.samples import collate, mismatch
 from rollouts.base import Group, Rollout
@@ -124,12 +125,13 @@ def test_what_rows_have_in_common_is_read_once_and_nothing_changes(monkeypatch):
     assert read == len(beginnings) < want_read == mask.sum()
 
 
-def test_questions_that_begin_alike_do_not_see_each_other():
-    """One prompt is the beginning of another's prompt and answer."""
+def test_questions_that_begin_alike_or_lie_in_one_row_do_not_see_each_other():
+    """One prompt is the beginning of another's prompt and answer; two trees are so small that they share a row."""
     model = ours()
-    ids = torch.tensor([[0, 5, 6, 7, 8], [5, 6, 7, 8, 9], [0, 5, 6, 7, 9]])
-    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
-    alone = [token_logprobs(model, ids[i : i + 1], mask[i : i + 1], 2)[0] for i in range(3)]
+    ids = torch.tensor([[0, 5, 6, 7, 8], [5, 6, 7, 8, 9], [0, 5, 6, 7, 9], [0, 0, 5, 6, 0], [0, 0, 4, 6, 0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0]])
+    assert tree(ids, mask, 3).sequences == 3  # rows, for four prompts
+    alone = [token_logprobs(model, ids[i : i + 1], mask[i : i + 1], 2)[0] for i in range(5)]
     torch.testing.assert_close(token_logprobs(model, ids, mask, 2)[0], torch.cat(alone), atol=1e-5, rtol=0)
 
 
