@@ -21,6 +21,9 @@ from reasoner.model.layout import Layout, tree
 # What some architectures do to their logits: such a head is more than one matrix.
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
+# Architectures of transformers that take any attention mask: whom each token sees, in four dimensions.
+TREES = ("llama", "mistral", "qwen2", "qwen3")
+
 
 def is_plain(model: Any) -> bool:
     """Whether the logits of `model` are its last hidden states times one matrix."""
@@ -42,27 +45,40 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) in nats of the last `kept` = T tokens of each row, and the entropies of their laws.
 
-    0 in both where the mask is. Differentiable. Columns before the last T are read and cost no head at all. Our own
-    model reads what several rows begin with once: the samples of one question share at least its prompt.
+    0 in both where the mask is. Differentiable. Columns before the last T are read and cost no head at all. What
+    several rows begin with is read once where the model can (`TREES`): the samples of a question share its prompt.
 
     experts: (B, L, layers, K) recorded ids for our own model to use instead of choosing, negative: choose.
     """
-    if isinstance(model, ReasonerForCausalLM) and experts is None:
+    if experts is None and _reads_trees(model):
         layout = tree(ids_BL, mask_BL, ids_BL.shape[1] - kept)
-        if layout is not None:
+        if layout is not None and layout.sequences * layout.width < ids_BL.numel():
             return _of_trees(model, ids_BL, mask_BL, kept, temperature, layout)
     return _by_length(model, ids_BL, mask_BL, kept, temperature, experts)
 
 
+def _reads_trees(model: Any) -> bool:
+    config = model.config
+    plain = config.model_type in TREES and config._attn_implementation == "sdpa"
+    return isinstance(model, ReasonerForCausalLM) or (plain and not getattr(config, "sliding_window", None))
+
+
 def _of_trees(
-    model: ReasonerForCausalLM, ids_BL: Tensor, mask_BL: Tensor, kept: int, temperature: float, layout: Layout
+    model: Any, ids_BL: Tensor, mask_BL: Tensor, kept: int, temperature: float, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Every distinct beginning read once, every distinct continuation of it scored once.
 
-    Shapes: M kept tokens, N nodes that they stand for.
+    Shapes: M kept tokens, N nodes that they stand for; for other models than ours N rows of S nodes, too.
     """
-    hidden_BLD = model.base_model(input_ids=ids_BL, layout=layout, use_cache=False).last_hidden_state
-    hidden_TD, ids_T, shared = layout.take(hidden_BLD), layout.take(ids_BL), layout.shared
+    ids_T, shared = layout.take(ids_BL), layout.shared
+    if isinstance(model, ReasonerForCausalLM):
+        out = model.base_model(input_ids=ids_BL, layout=layout, use_cache=False)
+        hidden_TD = layout.take(out.last_hidden_state)
+    else:
+        ids_NS, positions_NS = layout.rows(ids_T), layout.rows(layout.positions_T)
+        seen_N1SS = shared.seen_NSS[:, None]
+        out = model.base_model(input_ids=ids_NS, attention_mask=seen_N1SS, position_ids=positions_NS, use_cache=False)
+        hidden_TD = layout.unrow(out.last_hidden_state)
     real_BT = mask_BL[:, -kept:].bool()
     node_N, back_M = shared.nodes_BL[:, -kept:][real_BT].unique(return_inverse=True)
     weight_VD = model.get_output_embeddings().weight

@@ -1,10 +1,19 @@
 """Log-probabilities without logits are those of the logits, gradients too; replayed experts are the recorded ones."""
 
 import asyncio
+from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from reasoner.config import Learner
 from reasoner.credit import spread
@@ -123,6 +132,34 @@ def test_what_rows_have_in_common_is_read_once_and_nothing_changes(monkeypatch):
         if real[i]
     }
     assert read == len(beginnings) < want_read == mask.sum()
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_other_models_read_what_rows_have_in_common_once_too(kind):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=16, num_key_value_heads=2, sliding_window=None, **sizes))
+    (ids, mask, kept), read, results = branching(), [], []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    for way in (token_logprobs, partial(by_logits, temperature=1.0)):
+        logp, entropy = way(model, ids, mask, kept)
+        model.zero_grad()
+        ((logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum() + 0.3 * entropy.sum()).backward()
+        results.append((logp, entropy, [p.grad.clone() for p in model.parameters()]))
+    (logp, entropy, gradients), (want_logp, want_entropy, want_gradients) = results
+    torch.testing.assert_close(logp, want_logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, want_entropy, atol=1e-5, rtol=0)
+    for got, want in zip(gradients, want_gradients, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-7
+    assert read[0] < 0.7 * read[1]
+
+
+def test_models_with_a_window_of_attention_read_row_by_row():
+    config = MistralConfig(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, sliding_window=4)
+    model, (ids, mask, kept), read = MistralForCausalLM(config), branching(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+    token_logprobs(model, ids, mask, kept)
+    assert read == [ids.numel()]
 
 
 def test_questions_that_begin_alike_or_lie_in_one_row_do_not_see_each_other():
