@@ -9,59 +9,10 @@ import torch
 from reasoner.config import Learner
 from reasoner.credit import Sample
 from reasoner.learner import importance_ratio, learn, prefer, supervise
-from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
 from reasoner.samples import collate, logprobs, mismatch
 
-TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
 
-
-def model(seed: int = 0) -> ReasonerForCausalLM:
-    torch.manual_seed(seed)
-    sizes = dict(
-        hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8
-    )
-    return ReasonerForCausalLM(ReasonerConfig.small(len(TOKENIZER), num_experts_per_tok=2, **sizes))
-
-
-def sample(answer: str, advantage: float, policy: ReasonerForCausalLM, *, shift: float = 0.0) -> Sample:
-    """An answer to one question, with the policy's own log-probabilities, moved by `shift` nats."""
-    prompt = TOKENIZER.encode("3+4=\n")
-    response = [*TOKENIZER.encode(answer), TOKENIZER.eos_token_id]
-    with torch.no_grad():
-        logps = policy(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    own = [logps[len(prompt) - 1 + i, t].item() - shift for i, t in enumerate(response)]
-    blank, full = len(prompt), len(response)
-    return Sample(
-        ids=(*prompt, *response),
-        loss_mask=(False,) * blank + (True,) * full,
-        logprobs=(0.0,) * blank + tuple(own),
-        advantages=(0.0,) * blank + (advantage,) * full,
-    )
-
-
-def run(policy, batches, tmp_path, **settings):
-    """Learn from the batches; returns what was sent back after each."""
-    heard = []
-
-    def generator():
-        for batch in batches:
-            heard.append((yield batch))
-
-    learn(
-        policy,
-        TOKENIZER,
-        lambda _: generator(),
-        Learner(**({"lr": 1e-3, "lr_warmup": 0, "balance_rate": 0.0} | settings)),
-        steps=len(batches),
-        seed=0,
-        temperature=1.0,
-        max_completion=16,
-        folder=tmp_path,
-    )
-    return heard
-
-
-def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(tmp_path):
+def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(tmp_path, model, sample, run):
     policy = model()
     good, bad = sample("7", 0.5, policy), sample("9", -0.5, policy)
     before = [sum(s.logprobs) for s in (good, bad)]
@@ -71,7 +22,7 @@ def test_a_step_raises_what_earned_more_and_lowers_what_earned_less(tmp_path):
     assert len(heard) == 3 and heard[0]["mismatch"] < 1e-5 and heard[0]["grad_norm"] > 0
 
 
-def test_the_generator_runs_to_its_end_and_may_end_early(tmp_path):
+def test_the_generator_runs_to_its_end_and_may_end_early(tmp_path, model, sample, tokenizer):
     policy = model()
     batch = [sample("7", 0.5, policy), sample("9", -0.5, policy)]
     ended = []
@@ -81,11 +32,11 @@ def test_the_generator_runs_to_its_end_and_may_end_early(tmp_path):
         ended.append(True)
 
     options = dict(seed=0, temperature=1.0, max_completion=16, folder=tmp_path)
-    learn(policy, TOKENIZER, lambda _: generator(), Learner(lr=1e-3), steps=5, **options)
+    learn(policy, tokenizer, lambda _: generator(), Learner(lr=1e-3), steps=5, **options)
     assert ended == [True]
 
 
-def test_the_importance_correction_is_on(tmp_path):
+def test_the_importance_correction_is_on(tmp_path, model, sample, run):
     """Samplers' log-probabilities that are too high by 0.7 halve every ratio, and with it the gradient."""
     norms = {}
     for shift in (0.0, -0.7):
@@ -97,7 +48,7 @@ def test_the_importance_correction_is_on(tmp_path):
     assert norms[-0.7] / norms[0.0] == pytest.approx(0.4966, rel=1e-3)  # e^-0.7
 
 
-def test_without_correction_the_samplers_log_probabilities_do_not_matter(tmp_path):
+def test_without_correction_the_samplers_log_probabilities_do_not_matter(tmp_path, model, sample, run):
     norms = []
     for shift in (0.0, -0.7):
         policy = model()
@@ -109,7 +60,7 @@ def test_without_correction_the_samplers_log_probabilities_do_not_matter(tmp_pat
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_step_reads_its_batch_once(tmp_path, micro_batches):
+def test_a_step_reads_its_batch_once(tmp_path, micro_batches, model, sample, run):
     policy, seen = model(), []
     policy.base_model.register_forward_pre_hook(
         lambda module, args, options: seen.append(len(options["input_ids"])), with_kwargs=True
@@ -119,7 +70,7 @@ def test_a_step_reads_its_batch_once(tmp_path, micro_batches):
     assert sum(seen) == len(batch)
 
 
-def test_advantages_act_per_token(tmp_path):
+def test_advantages_act_per_token(tmp_path, model, sample, run):
     """One token of the answer earned, the next cost: they must move apart."""
     policy = model()
     whole = sample("79", 1.0, policy)
@@ -135,7 +86,7 @@ def test_advantages_act_per_token(tmp_path):
     assert first > 0.002 > -0.002 > second
 
 
-def test_micro_batches_change_memory_not_the_step(tmp_path):
+def test_micro_batches_change_memory_not_the_step(tmp_path, model, sample, run):
     results = []
     for pieces in (1, 2):
         policy = model()
@@ -179,20 +130,20 @@ def test_ratios_are_capped_or_masked(mode, expected):
     torch.testing.assert_close(importance_ratio(difference, mode, 3.0), torch.tensor(expected))
 
 
-def test_mismatch_is_the_mean_distance_to_the_samplers_logprobs():
+def test_mismatch_is_the_mean_distance_to_the_samplers_logprobs(model, sample):
     policy = model()
     assert mismatch(policy, [sample("7", 0, policy), sample("12", 0, policy)], 0) < 1e-5
     assert mismatch(policy, [sample("7", 0, policy, shift=0.3)], 0) == pytest.approx(0.3, abs=1e-5)
 
 
-def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path):
+def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path, model, tokenizer):
     policy = model()
-    prompt, answer = TOKENIZER.encode("3+4=\n"), [*TOKENIZER.encode("7"), TOKENIZER.eos_token_id]
+    prompt, answer = tokenizer.encode("3+4=\n"), [*tokenizer.encode("7"), tokenizer.eos_token_id]
     row = (prompt + answer, [False] * len(prompt) + [True] * len(answer))
     losses = []
     supervise(
         policy,
-        TOKENIZER,
+        tokenizer,
         [row] * 64,
         steps=8,
         batch=8,
@@ -206,9 +157,9 @@ def test_supervision_learns_the_completion_and_balances_the_experts(tmp_path):
     assert any(b.abs().sum() > 0 for b in biases)
 
 
-def test_preference_raises_the_chosen_answer_over_the_rejected_one(tmp_path):
+def test_preference_raises_the_chosen_answer_over_the_rejected_one(tmp_path, model, sample, tokenizer):
     policy = model()
-    prompt, right, wrong = (TOKENIZER.encode(text) for text in ("3+4=\n", "Answer: 7", "Answer: 8"))
+    prompt, right, wrong = (tokenizer.encode(text) for text in ("3+4=\n", "Answer: 7", "Answer: 8"))
     pairs = [{"prompt": prompt, "chosen": right, "rejected": wrong}] * 4
 
     def margin():
@@ -218,6 +169,6 @@ def test_preference_raises_the_chosen_answer_over_the_rejected_one(tmp_path):
     before = margin()
     losses = []
     settings = {"steps": 8, "batch": 4, "lr": 1e-3, "beta": 0.1, "seed": 0, "folder": tmp_path}
-    prefer(policy, TOKENIZER, pairs, **settings, progress=lambda step, loss: losses.append(loss))
+    prefer(policy, tokenizer, pairs, **settings, progress=lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the model as it was given is the reference
     assert margin() > before + 0.5 and losses[-1] < losses[0]

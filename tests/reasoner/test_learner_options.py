@@ -7,68 +7,22 @@ import pytest
 import torch
 
 from reasoner.config import ConfigError, Learner, load
-from reasoner.credit import Sample
 from reasoner.learner import learn
 from reasoner.lora import adapt, fold
-from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, export
+from reasoner.model import ReasonerConfig, ReasonerForCausalLM, export
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
-TOKENIZER = char_tokenizer("0123456789+-= :\nAnswer")
 ANSWERS = (("7", 0.5), ("9", -0.5))
 
 
-def model(seed: int = 0) -> ReasonerForCausalLM:
-    torch.manual_seed(seed)
-    sizes = dict(
-        hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8
-    )
-    return ReasonerForCausalLM(ReasonerConfig.small(len(TOKENIZER), num_experts_per_tok=2, **sizes))
+@pytest.fixture
+def batch(sample):
+    return lambda policy: [sample(answer, advantage, policy) for answer, advantage in ANSWERS]
 
 
-def sample(answer: str, advantage: float, policy: ReasonerForCausalLM, *, shift: float = 0.0) -> Sample:
-    """An answer to one question, with the policy's own log-probabilities, moved by `shift` nats."""
-    prompt = TOKENIZER.encode("3+4=\n")
-    response = [*TOKENIZER.encode(answer), TOKENIZER.eos_token_id]
-    with torch.no_grad():
-        logps = policy(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    own = [logps[len(prompt) - 1 + i, t].item() - shift for i, t in enumerate(response)]
-    blank, full = len(prompt), len(response)
-    return Sample(
-        ids=(*prompt, *response),
-        loss_mask=(False,) * blank + (True,) * full,
-        logprobs=(0.0,) * blank + tuple(own),
-        advantages=(0.0,) * blank + (advantage,) * full,
-    )
-
-
-def run(policy, batches, tmp_path, **settings):
-    """Learn from the batches; returns what was sent back after each."""
-    heard = []
-
-    def generator():
-        for batch in batches:
-            heard.append((yield batch))
-
-    learn(
-        policy,
-        TOKENIZER,
-        lambda _: generator(),
-        Learner(**({"lr": 1e-3, "lr_warmup": 0, "balance_rate": 0.0} | settings)),
-        steps=len(batches),
-        seed=0,
-        temperature=1.0,
-        max_completion=16,
-        folder=tmp_path,
-    )
-    return heard
-
-
-def batch(policy):
-    return [sample(answer, advantage, policy) for answer, advantage in ANSWERS]
-
-
-def logprob(policy, answer: str) -> float:
-    return sum(sample(answer, 0.0, policy).logprobs)
+@pytest.fixture
+def logprob(sample):
+    return lambda policy, answer: sum(sample(answer, 0.0, policy).logprobs)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +30,7 @@ def logprob(policy, answer: str) -> float:
     [(x, "token") for x in ("dapo", "cispo", "grpo", "dr_grpo", "bnpo", "sapo", "vespo")]
     + [("grpo", "sequence"), ("luspo", "sequence")],
 )
-def test_every_loss_raises_what_earned_more(loss, ratio, tmp_path):
+def test_every_loss_raises_what_earned_more(loss, ratio, tmp_path, model, run, batch, logprob):
     policy = model()
     before = [logprob(policy, answer) for answer, _ in ANSWERS]
     run(policy, [batch(policy)] * 2, tmp_path, loss=loss, ratio=ratio)
@@ -109,7 +63,7 @@ def test_options_that_contradict_are_told_before_a_run(overrides, message):
         load(QUICKSTART, overrides)
 
 
-def test_the_divergence_from_the_base_is_measured_and_holds_the_policy_back(tmp_path):
+def test_the_divergence_from_the_base_is_measured_and_holds_the_policy_back(tmp_path, model, run, batch, logprob):
     moved = {}
     for kl in (0.0, 5.0):
         policy = model()
@@ -121,7 +75,7 @@ def test_the_divergence_from_the_base_is_measured_and_holds_the_policy_back(tmp_
     assert 0 < moved[5.0] < 0.9 * moved[0.0]
 
 
-def test_the_reference_may_be_another_model_than_the_one_that_goes_on(tmp_path):
+def test_the_reference_may_be_another_model_than_the_one_that_goes_on(tmp_path, model, sample, tokenizer, batch):
     policy, base = model(0), model(1)
     heard = []
 
@@ -129,12 +83,12 @@ def test_the_reference_may_be_another_model_than_the_one_that_goes_on(tmp_path):
         heard.append((yield batch(policy)))
 
     options = dict(seed=0, temperature=1.0, max_completion=16, folder=tmp_path, base=base)
-    learn(policy, TOKENIZER, lambda _: batches(), Learner(lr=1e-3, kl=0.1), steps=1, **options)
+    learn(policy, tokenizer, lambda _: batches(), Learner(lr=1e-3, kl=0.1), steps=1, **options)
     ratios = [b - a for a, b in zip(sample("7", 0, policy).logprobs, sample("7", 0, base).logprobs, strict=True)]
     assert heard[0]["kl"] > 0.001 and any(ratios)
 
 
-def test_adapters_learn_and_everybody_else_sees_one_plain_model(tmp_path):
+def test_adapters_learn_and_everybody_else_sees_one_plain_model(tmp_path, model, run, batch, logprob):
     policy = model()
     start = copy.deepcopy(policy.state_dict())
     before = logprob(policy, "7")
@@ -148,7 +102,7 @@ def test_adapters_learn_and_everybody_else_sees_one_plain_model(tmp_path):
     assert {name for name, _ in export(policy)} == {name for name, _ in export(model())}
 
 
-def test_folding_gives_the_model_that_the_adapters_make():
+def test_folding_gives_the_model_that_the_adapters_make(model, tokenizer):
     policy = model()
     adapted = adapt(policy, rank=4, seed=0)
     with torch.no_grad():
@@ -158,7 +112,7 @@ def test_folding_gives_the_model_that_the_adapters_make():
         for name, buffer in adapted.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(-0.1, 0.1)
-        ids = torch.randint(3, len(TOKENIZER), (2, 9))
+        ids = torch.randint(3, len(tokenizer), (2, 9))
         untouched = policy(input_ids=ids).logits
         fold(adapted, policy)
         merged, live = policy(input_ids=ids).logits, adapted(input_ids=ids).logits
@@ -166,7 +120,9 @@ def test_folding_gives_the_model_that_the_adapters_make():
     assert (merged - untouched).abs().max() > 1e-3
 
 
-def test_the_balancing_bias_stands_still_while_a_batch_lives_and_goes_to_the_engines_with_the_weights(tmp_path):
+def test_the_balancing_bias_stands_still_while_a_batch_lives_and_goes_to_the_engines_with_the_weights(
+    tmp_path, model, tokenizer, batch
+):
     policy = model()
     seen = []
 
@@ -182,25 +138,25 @@ def test_the_balancing_bias_stands_still_while_a_batch_lives_and_goes_to_the_eng
             seen.append(biases())  # after the step, when the weights are sent
 
     options = dict(seed=0, temperature=1.0, max_completion=16, folder=tmp_path)
-    learn(policy, TOKENIZER, lambda _: batches(), Learner(lr=1e-3, balance_rate=0.01), steps=3, **options)
+    learn(policy, tokenizer, lambda _: batches(), Learner(lr=1e-3, balance_rate=0.01), steps=3, **options)
     for before, after, following in zip(seen[::2], seen[1::2], seen[2::2], strict=False):
         assert not torch.equal(before, after) and torch.equal(after, following)  # once a step, and only there
 
 
-def with_mtp() -> ReasonerForCausalLM:
+def with_mtp(tokenizer) -> ReasonerForCausalLM:
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8
     )
     return ReasonerForCausalLM(
-        ReasonerConfig.small(len(TOKENIZER), num_experts_per_tok=2, num_mtp_layers=1, **sizes)
+        ReasonerConfig.small(len(tokenizer), num_experts_per_tok=2, num_mtp_layers=1, **sizes)
     ).eval()
 
 
-def test_mtp_modules_follow_the_policy_and_leave_its_trunk_alone(tmp_path):
+def test_mtp_modules_follow_the_policy_and_leave_its_trunk_alone(tmp_path, run, batch, tokenizer):
     states = {}
     for weight in (0.0, 1.0):
-        policy = with_mtp()
+        policy = with_mtp(tokenizer)
         start = copy.deepcopy(policy.state_dict())
         run(policy, [batch(policy)] * 2, tmp_path / str(weight), mtp=weight, max_grad_norm=1e9)
         states[weight] = policy.state_dict()
@@ -212,7 +168,7 @@ def test_mtp_modules_follow_the_policy_and_leave_its_trunk_alone(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"lora": 4}, {"kl": 1.0}])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path, model, tokenizer, batch):
     """Adapters adapt the base, and the reference is the base: not the model that the checkpoint holds."""
     kept = {}
     learner = Learner(lr=1e-2, balance_rate=0.01, **options)
@@ -225,9 +181,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(options, tmp_path):
         kept["state"], kept["model"] = copy.deepcopy(dict(snapshot())), copy.deepcopy(policy)
         yield data
 
-    learn(policy, TOKENIZER, batches, learner, **common)
+    learn(policy, tokenizer, batches, learner, **common)
     resumed = kept["model"]
-    learn(resumed, TOKENIZER, lambda _: iter_once(data), learner, start=kept["state"], base=base, **common)
+    learn(resumed, tokenizer, lambda _: iter_once(data), learner, start=kept["state"], base=base, **common)
     for name, tensor in policy.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
