@@ -11,8 +11,9 @@ import torch
 from reasoner.__main__ import main
 from reasoner.config import Learner
 from reasoner.credit import GRPO, assign
-from reasoner.learner import collate, learn
+from reasoner.learner import learn
 from reasoner.paged_engine import paged_engine
+from reasoner.samples import collate
 from rollouts.base import Group, Rollout
 from search.base import Sampling, Trajectory, derive
 from verifiers.base import Task, Verdict
