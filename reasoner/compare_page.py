@@ -16,7 +16,6 @@ from typing import Any
 from reasoner.page import document, down, duration, integer, percent, scale, short, svg
 
 Row = Mapping[str, Any]
-COLOURS = 9
 
 
 def write_page(folder: Path) -> Path:
@@ -30,7 +29,8 @@ def write_page(folder: Path) -> Path:
 
 def render(summary: Row, trees: Sequence[Row]) -> str:
     parts = (_head, _methods, _curves, _comparisons)
-    sections = [f"<style>{STYLE}</style>", *(part(summary) for part in parts), _trees(trees), _facts(summary)]
+    style = _colours(len(summary["methods"])) + STYLE
+    sections = [f"<style>{style}</style>", *(part(summary) for part in parts), _trees(trees), _facts(summary)]
     return document(f"{summary['name']} · searches compared", sections)
 
 
@@ -80,7 +80,7 @@ def _method_row(i: int, name: str, m: Row) -> str:
     marks = f'<line class="band" x1="{100 * low:.2f}%" x2="{100 * high:.2f}%" y1="11" y2="11"/>'
     marks += f'<circle class="dot" cx="{100 * m["accuracy"]:.2f}%" cy="11" r="4.5"/>'
     return (
-        f'<tr class="m{i % COLOURS}" title="{escape(m["search"])}"><th><i class="key"></i>{escape(name)}'
+        f'<tr class="m{i}" title="{escape(m["search"])}"><th><i class="key"></i>{escape(name)}'
         f"<small>{escape(size)}</small></th>"
         f"<td>{percent(m['accuracy'])}<small>{100 * low:.1f}–{100 * high:.1f}</small></td>"
         f'<td class="plot"><svg class="chart" height="22" role="img" aria-label="interval">{rules}{marks}</svg></td>'
@@ -111,9 +111,7 @@ def _curves(summary: Row) -> str:
             shapes += _band(i, m["curve"], x, low, high)
         else:
             words += _cross(i, name, m, x, low, high)
-    legend = "".join(
-        f'<span class="m{i % COLOURS}"><i class="key"></i>{escape(n)}</span>' for i, (n, _) in enumerate(methods)
-    )
+    legend = "".join(f'<span class="m{i}"><i class="key"></i>{escape(n)}</span>' for i, (n, _) in enumerate(methods))
     return (
         '<section><h2>Accuracy against tokens</h2><figure class="curves">'
         f"<figcaption>{legend}</figcaption>{svg(340, 'accuracy against generated tokens per task', shapes, words)}"
@@ -128,14 +126,14 @@ def _band(i: int, curve: Sequence[Row], x: Any, low: float, high: float) -> str:
     place = lambda p, value: f"{x(p['tokens']):.2f},{down(value, low, high)}"  # noqa: E731
     around = [place(p, p["ci"][1]) for p in curve] + [place(p, p["ci"][0]) for p in reversed(curve)]
     line = " ".join(place(p, p["accuracy"]) for p in curve)
-    tone = f"m{i % COLOURS}"
+    tone = f"m{i}"
     return f'<polygon class="area {tone}" points="{" ".join(around)}"/><polyline class="line {tone}" points="{line}"/>'
 
 
 def _cross(i: int, name: str, m: Row, x: Any, low: float, high: float) -> str:
     at, (bottom, top) = f"{x(m['tokens']['generated']):.2f}%", (down(end, low, high) for end in m["ci"])
     return (
-        f'<g class="m{i % COLOURS}"><title>{escape(name)} {percent(m["accuracy"])}</title>'
+        f'<g class="m{i}"><title>{escape(name)} {percent(m["accuracy"])}</title>'
         f'<line class="band" x1="{at}" x2="{at}" y1="{top}%" y2="{bottom}%"/>'
         f'<circle class="dot" cx="{at}" cy="{down(m["accuracy"], low, high)}%" r="5"/></g>'
     )
@@ -297,9 +295,13 @@ def _node(node: Row, depth: int, wins: bool, verdict: Row | None) -> str:
     )
 
 
+def _colours(count: int) -> str:
+    """A colour for each method, however many: hues evenly round the circle, neighbours of unequal lightness."""
+    hues = [(255 + 360 * i / max(1, count)) % 360 for i in range(count)]
+    return "".join(f".m{i} {{ --c:oklch({(50, 68)[i % 2]}% .15 {hue:.0f}) }}\n" for i, hue in enumerate(hues))
+
+
 STYLE = """
-.m0 { --c:var(--final) } .m1 { --c:var(--p3) } .m2 { --c:var(--p5) } .m3 { --c:var(--p1) } .m4 { --c:var(--p4) }
-.m5 { --c:var(--p0) } .m6 { --c:var(--bad) } .m7 { --c:var(--base) } .m8 { --c:var(--p2) }
 .key { background:var(--c); border-radius:50% }
 .line { stroke:var(--c); stroke-width:2 }
 .area { fill:var(--c); opacity:.13 }

@@ -320,6 +320,10 @@ class _Actor:
             async for complete in self._engine.extend(requests):
                 yield complete
 
+    async def drop(self, numbers: list[int]) -> None:
+        async with self._telling():
+            await self._engine.drop(numbers)
+
     async def init_weight_transfer_engine(self, info: dict) -> None:
         async with self._telling():
             await self._engine.init_weight_transfer_engine(info)

@@ -112,10 +112,12 @@ class Host(Protocol):
 class _Job:
     """One request, and who waits for its reply in which event loop."""
 
-    def __init__(self, key: int, request: Request) -> None:
+    def __init__(self, key: int, request: Request, cancelled: Callable[[_Job], None]) -> None:
         self.key, self.request, self.tries = key, request, 0
+        self.seat: _Seat | None = None  # whose engine is at work on it
         self._loop = asyncio.get_running_loop()
         self.reply: asyncio.Future[list[Reply]] = self._loop.create_future()
+        self.reply.add_done_callback(lambda reply: reply.cancelled() and cancelled(self))
 
     def settle(self, reply: list[Reply] | Exception) -> None:
         try:
@@ -143,6 +145,7 @@ class _Seat:
         self.strikes = self.restarts = 0
         self.since, self.why = time.time(), ""
         self.jobs: dict[_Job, None] = {}  # asked and not answered, in order
+        self.unwanted: list[int] = []  # numbers of requests that were cancelled and are to be dropped
         self.work: set[asyncio.Task[Any]] = set()  # of this life
         self.lost: asyncio.Future[str]  # of this life: why it ended
 
@@ -186,13 +189,20 @@ class Fleet:
         """
         if self._broken:
             raise self._broken
-        job = _Job(key, request)
+        job = _Job(key, request, self._cancelled)
         loop = asyncio.get_running_loop()
         if loop not in self._outboxes:
             self._outboxes[loop] = []
             loop.call_soon(self._flush, loop)
         self._outboxes[loop].append(job)
         return job.reply
+
+    def _cancelled(self, job: _Job) -> None:
+        """Its search wants it no longer."""
+        try:
+            self._loop.call_soon_threadsafe(self._forget, job)
+        except RuntimeError:
+            pass  # the engines were stopped
 
     def push(self, weights: Weights) -> None:
         """Returns when every engine that is up has these weights, or is being replaced by one that will."""
@@ -401,7 +411,26 @@ class Fleet:
             mine.setdefault(owner, []).append(job)
         for seat, batch in mine.items():
             seat.jobs |= dict.fromkeys(batch)
+            for job in batch:
+                job.seat = seat
             self._work(self._collect, seat, batch)
+
+    def _forget(self, job: _Job) -> None:
+        """Have the engine drop what was cancelled: its tokens would be drawn for nobody. One call for many."""
+        if job.seat is None or job not in job.seat.jobs:  # answered meanwhile, or not sent: `_send` leaves it out
+            return
+        del job.seat.jobs[job]
+        if not job.seat.unwanted:
+            self._loop.call_soon(self._drop, job.seat)
+        job.seat.unwanted.append(job.request.number)
+
+    def _drop(self, seat: _Seat) -> None:
+        numbers, seat.unwanted = seat.unwanted, []
+        if seat.up:
+            self._work(self._have_dropped, seat, numbers)
+
+    async def _have_dropped(self, seat: _Seat, numbers: list[int]) -> None:
+        await self._ask(seat, "drop", numbers, limit=self._deadlines.beat)
 
     async def _collect(self, seat: _Seat, jobs: list[_Job]) -> None:
         """Run one call on an engine and hand each reply to whoever waits for it."""

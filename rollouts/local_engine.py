@@ -108,7 +108,12 @@ class LocalEngine:
         recorded = sum(len(step.experts) for step in path.steps)
         noises = map(Noise, request.seeds, request.codes or [None] * n)
         rows = [Row(request, seed, noise, recorded) for seed, noise in zip(request.seeds, noises, strict=True)]
-        await self._decoder.decode(rows)
+        try:
+            await self._decoder.decode(rows)
+        except asyncio.CancelledError:
+            for row in rows:
+                row.wanted = False
+            raise
         return [self._grown(path, row) for row in rows]
 
     def _grown(self, path: Trajectory, row: Row) -> Trajectory:
@@ -226,11 +231,11 @@ class PaddedDecoder:
             return out.logits[:, -1].float(), self.version, out.past_key_values
 
     def _append(self, rows: list[Row], tokens: list[int], logprobs: list[float], version: int) -> list[int]:
-        """Give each row its token. Returns the indices of the rows that go on."""
+        """Give each row its token. Returns the indices of the rows that go on: unfinished, and wanted."""
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.append(token, logprob, version)
         self.ledger += Ledger(generated=len(rows))
-        return [i for i, row in enumerate(rows) if not row.complete(self._words)]
+        return [i for i, row in enumerate(rows) if not row.complete(self._words) and row.wanted]
 
 
 def _left_padded(prefixes: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

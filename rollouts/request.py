@@ -5,12 +5,14 @@ Imports neither Ray nor vLLM, so that a config can be read without them.
 
 from __future__ import annotations
 
+import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from search.base import Offer, Sampling, Step, Trajectory, Until, derive
 
+_numbers = itertools.count()
 KV_BLOCK = 32  # tokens; the smallest that vLLM's CPU attention takes
 
 
@@ -48,6 +50,7 @@ class Request:
     until: Until
     sampling: Sampling
     codes: tuple[float, ...] = ()  # one per continuation, when they share arithmetic codes: see `noise`
+    number: int = field(default_factory=_numbers.__next__, compare=False)  # what `drop` names it by, unique in a driver
 
     @classmethod
     def children(cls, path: Trajectory, n: int, until: Until, sampling: Sampling, room: int) -> Request:

@@ -35,6 +35,7 @@ class Row:
     top: list[tuple[Alternative, ...]] = field(default_factory=list)
     experts: bytes = b""  # see `search.base.Step`
     end: Ending | None = None
+    wanted: bool = True  # False: whoever asked for it was cancelled
 
     def append(self, token: int, logprob: float, version: int) -> None:
         self.ids.append(token)

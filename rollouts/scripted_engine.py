@@ -34,9 +34,11 @@ class ScriptedEngine:
         self._open = asyncio.Event()  # shut while weights change
         self._open.set()
         self.dead = False
+        self.drawn = 0  # tokens
+        self._unwanted: set[int] = set()
 
     async def usage(self) -> dict[str, int | None]:
-        return {"room": None}
+        return {"room": None, "rows": self.drawn}
 
     async def ready(self) -> int:
         return self._version
@@ -47,6 +49,10 @@ class ScriptedEngine:
         for row in asyncio.as_completed(rows):
             yield [await row]
 
+    async def drop(self, numbers: list[int]) -> None:
+        """See `VLLMEngine.drop`."""
+        self._unwanted.update(numbers)
+
     async def _row(self, index: int, request: Request) -> tuple[int, list[Reply]]:
         return index, [await self._draw(request, seed) for seed in request.seeds]
 
@@ -55,15 +61,17 @@ class ScriptedEngine:
         ids: list[int] = []
         logprobs: list[float] = []
         versions: list[tuple[int, int, int]] = []
-        while len(ids) < request.most and (not ids or ids[-1]):
+        while len(ids) < request.most and (not ids or ids[-1]) and request.number not in self._unwanted:
             await asyncio.sleep(PACE)
             await self._open.wait()
+            self.drawn += 1
             ids.append(noise.randrange(VOCABULARY))
             logprobs.append(-float(np.mean([tensor.mean() for tensor in self._weights.values()])))
             start = versions.pop()[1] if versions and versions[-1][0] == self._version else len(ids) - 1
             versions.append((self._version, start, len(ids)))
         text = "".join(map(str, ids))
-        return Reply(Step(tuple(ids), tuple(logprobs), text, versions=tuple(versions)), ids[-1] == 0, len(request.ids))
+        step = Step(tuple(ids), tuple(logprobs), text, versions=tuple(versions))
+        return Reply(step, ids[-1:] == [0], len(request.ids))
 
     async def init_weight_transfer_engine(self, info: dict) -> None:
         pass

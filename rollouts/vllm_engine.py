@@ -72,6 +72,7 @@ class VLLMEngine:
         self._names = map(str, itertools.count())
         self._rows: dict[str, _Row] = {}  # by vLLM's name for them
         self._inbox: list[_Job] = []
+        self._unwanted: set[int] = set()  # numbers of requests that nobody waits for
         self._usage = {"steps": 0, "rows": 0, "prefilled": 0, "seconds": 0.0}
         self._own_noise = False
         self._broken: Exception | None = None
@@ -136,6 +137,13 @@ class VLLMEngine:
             left -= len(complete)
             yield [(job.index, job.replies) for job in complete]
 
+    async def drop(self, numbers: list[int]) -> None:
+        """Stop the requests of these numbers before the next token. They answer with what was sampled of them so far.
+
+        One that is not here has ended.
+        """
+        self._unwanted.update(numbers)
+
     async def _work(self) -> None:
         """Turn the engine while it has work. An error ends it and reaches everyone who waits."""
         loop = asyncio.get_running_loop()
@@ -143,7 +151,8 @@ class VLLMEngine:
             while self._inbox or self._rows:
                 async with self._gate:
                     jobs, self._inbox = self._inbox, []
-                    complete = await loop.run_in_executor(self._thread, self._turn, jobs)
+                    unwanted, self._unwanted = self._unwanted, set()
+                    complete = await loop.run_in_executor(self._thread, self._turn, jobs, unwanted)
                 for job in complete:
                     job.done.put_nowait(job)
         except Exception as error:
@@ -153,11 +162,13 @@ class VLLMEngine:
                 job.done.put_nowait(error)
             self._inbox, self._rows = [], {}
 
-    def _turn(self, jobs: list[_Job]) -> list[_Job]:
-        """One step of the engine, with new jobs in it. Returns the jobs that it completed."""
+    def _turn(self, jobs: list[_Job], unwanted: set[int]) -> list[_Job]:
+        """One step of the engine, with new jobs in it and without the unwanted ones. Returns the jobs that ended."""
         for job in jobs:
             self._admit(job)
-        complete = []
+        complete = self._drop(unwanted) if unwanted else []
+        if not self._rows:
+            return complete
         begun = time.perf_counter()
         outputs = self._core.get_output().outputs
         self._usage["seconds"] += time.perf_counter() - begun
@@ -180,6 +191,15 @@ class VLLMEngine:
                     row.job.replies = [each.reply(self._spelling) for each in row.job.rows]
                     complete.append(row.job)
         return complete
+
+    def _drop(self, unwanted: set[int]) -> list[_Job]:
+        """The jobs that nobody waits for, ended."""
+        names = [name for name, row in self._rows.items() if row.job.request.number in unwanted]
+        self._core.abort_requests(names)
+        jobs = list({id(job): job for job in (self._rows.pop(name).job for name in names)}.values())
+        for job in jobs:
+            job.replies = [row.reply(self._spelling) for row in job.rows if row.ids]
+        return jobs
 
     def _admit(self, job: _Job) -> None:
         params = self._params(job.request.sampling, job.request.until.kind)

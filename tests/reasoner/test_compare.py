@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -327,6 +328,16 @@ def test_the_tree_shows_scores_verdicts_and_what_leads_to_the_winner(pools):
     assert '<div class="node wins"' in text and '<i class="chip">1.00</i>' in text and ">0.00</i>" in text
     (shown,) = compare.trees([made])[0]["methods"]
     assert shown["answer"] == "7" and "highest score" in why(shown)
+
+
+def test_every_method_has_a_colour_of_its_own(pools):
+    row = summarise([result(pools, "m", Sample(n=1), ["Answer: 7"])])
+    for count in (1, 9, 14):
+        methods = {f"m{i}": row["methods"]["m"] for i in range(count)}
+        page = render({**row, "name": "t", "budget": 9, "methods": methods, "comparisons": []}, [])
+        colours = re.findall(r"\.m(\d+) { --c:(oklch[^}]*) }", page)
+        assert len(colours) == len({colour for _, colour in colours}) == count
+        assert all(f'class="m{i}"' in page for i in range(count))
 
 
 def test_why_an_answer_won_is_said_in_votes(pools):

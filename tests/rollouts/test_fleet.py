@@ -318,6 +318,27 @@ def test_a_cancelled_request_is_not_asked_again(fleet):
     assert sum(method == "extend" for _, _, method in fleet._host.log) == 1
 
 
+def test_what_was_cancelled_is_dropped_by_its_engine_and_what_was_not_goes_on(fleet):
+    fleet = fleet(count=1)
+    endless = Request((1, 2, 3), tuple(range(10_000)), 24, END, Sampling())  # its children are drawn one by one
+
+    async def cancel_most():
+        asked = [fleet.ask(0, request(seed)) for seed in range(8)] + [fleet.ask(0, endless)]
+        await asyncio.sleep(0.02)
+        for reply in [*asked[:6], asked[8]]:
+            reply.cancel()
+        return steps([await reply for reply in asked[6:8]])
+
+    kept = asyncio.run(cancel_most())
+    assert all(map(faithful, kept)) and [step.ids for step in kept] == undisturbed([6, 7])
+    engine = fleet._host.now[0].engine
+    wait(lambda: fleet.ledger.generated == engine.drawn)  # what was drawn for nobody is counted, too
+    told = sum(method == "drop" for _, _, method in fleet._host.log)
+    time.sleep(0.1)
+    assert engine.drawn == fleet.ledger.generated < 16 * 24 and fleet.states()[0].requests == 0
+    assert told == 1  # one call for all of one moment
+
+
 def test_a_mistake_of_our_own_reaches_those_who_wait_and_those_who_come(fleet):
     fleet = fleet(count=1)
 

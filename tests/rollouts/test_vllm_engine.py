@@ -3,8 +3,10 @@
 import asyncio
 import math
 
+import numpy as np
 import pytest
 
+from search.adaptive import Adaptive
 from search.base import STEP, TOKENS, Sampling, Trajectory, bind
 from search.beam import Beam
 from search.cot import CotDecoding
@@ -12,7 +14,7 @@ from search.distinct import Distinct
 from search.force import Force
 from search.marginal import estimate
 from search.sample import Sample
-from search.toy import random_chain, same_number, trap
+from search.toy import Chain, random_chain, same_number, trap
 from search.toy_checkpoint import write_checkpoint
 from search.tree import explore
 
@@ -193,3 +195,52 @@ def test_token_counts_are_exact_and_the_limit_ends_a_path(engine):
         assert path.sampled_tokens == 2 or path.end == "stop"
     for path in asyncio.run(engine.at(max_tokens=2).extend(CHAIN.root(2), n=20)):
         assert path.end == "length" or path.ids[-1] == CHAIN.end
+
+
+def endless(often: float) -> Chain:
+    """Answers 1 at once, or with this chance writes a's for about 10,000 tokens first."""
+    p = np.zeros((4, 4))
+    p[0] = 0, 0, often, 1 - often
+    p[1, 1] = p[3, 1] = 1
+    p[2] = 0, 0, 0.9999, 0.0001
+    return Chain(("?", "", "a", "1"), p, {3: "1"})
+
+
+async def at_rest(engine) -> int:
+    """Tokens that the engine sampled in all; fails if it still samples some."""
+    tokens = lambda: sum(usage["rows"] for usage in engine.usage())  # noqa: E731
+    await asyncio.sleep(0.3)
+    before = tokens()
+    await asyncio.sleep(0.5)
+    assert tokens() == before, "tokens are sampled for nobody"
+    return before
+
+
+def test_nothing_is_sampled_for_a_cancelled_search(serve):
+    chain = endless(often=1.0)
+    engine = serve(chain, max_model_len=2048).at(max_tokens=2000)
+
+    async def cancel_early() -> int:
+        doomed = asyncio.ensure_future(explore(Sample(n=8), chain.root(1), engine))
+        while sum(usage["rows"] for usage in engine.usage()) < 80:
+            await asyncio.sleep(0.01)
+        doomed.cancel()
+        return await at_rest(engine)
+
+    assert asyncio.run(cancel_early()) < 8 * 1000
+    (path,) = run(Sample(n=1), engine.at(max_tokens=5)).paths  # it goes on with others
+    assert path.length == 5
+
+
+def test_nothing_is_sampled_once_a_vote_is_decided(serve):
+    chain = endless(often=0.1)
+    engine = serve(chain, max_model_len=2048).at(max_tokens=2000)
+    search = bind(Adaptive(n=32, lanes=32), chain.answer, same_number)
+
+    async def vote(seed: int) -> tuple[int, int]:
+        before = await at_rest(engine)
+        found = await explore(search, chain.root(seed), engine)
+        return found.tree.ledger.cancelled, await at_rest(engine) - before
+
+    decided = [tokens for cancelled, tokens in (asyncio.run(vote(seed)) for seed in range(6)) if cancelled]
+    assert decided and max(decided) < 2000, decided  # a single path that is not stopped has 2,000
