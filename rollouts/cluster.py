@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -264,10 +265,17 @@ class _Host:
 
 
 class _Remote:
-    """One actor, with Ray's errors told as the fleet knows them."""
+    """One actor, with Ray's errors told as the fleet knows them.
+
+    A call and a stream of Ray's cost about a millisecond of this process each, and a search by steps makes thousands:
+    so the replies of all calls come in one stream, those of one step of the engine together.
+    """
 
     def __init__(self, actor: Any, node: str) -> None:
         self._actor, self.node = actor, node
+        self._calls: dict[int, asyncio.Queue[Replies | Exception]] = {}  # under way, by number
+        self._numbers = itertools.count()
+        self._listener: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *args: Any) -> Any:
         try:
@@ -276,13 +284,36 @@ class _Remote:
             raise _told(error) from error
 
     async def extend(self, requests: list[Request]) -> AsyncIterator[Replies]:
+        number = next(self._numbers)
+        self._calls[number] = told = asyncio.Queue()
+        if self._listener is None:
+            self._listener = asyncio.create_task(self._listen())
         try:
-            async for complete in self._actor.extend.options(num_returns="streaming").remote(requests):
-                yield await complete
+            self._actor.extend.options(num_returns=0).remote(number, requests)
+            left = len(requests)
+            while left:
+                complete = await told.get()
+                if isinstance(complete, Exception):
+                    raise complete
+                left -= len(complete)
+                yield complete
+        finally:
+            del self._calls[number]
+
+    async def _listen(self) -> None:
+        """Hand every call its replies, as long as the actor lives."""
+        try:
+            async for batch in self._actor.replies.options(num_returns="streaming").remote():
+                for number, told in await batch:
+                    if number in self._calls:
+                        self._calls[number].put_nowait(told)
         except ray.exceptions.RayError as error:
-            raise _told(error) from error
+            for told in self._calls.values():
+                told.put_nowait(_told(error))
 
     def kill(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
         ray.kill(self._actor)
 
 
@@ -296,6 +327,8 @@ class _Actor:
     def __init__(self, engine: str, checkpoint: str, placement: Placement, seed: int) -> None:
         self._make, self._arguments = engine, (checkpoint, placement, seed)
         self._engine: Any = None
+        self._said: list[tuple[int, Replies | Exception]] = []  # by number of the call, not yet sent
+        self._news = asyncio.Event()
 
     async def ready(self) -> int:
         """The version of the weights being served; returns once the engine can work."""
@@ -315,10 +348,26 @@ class _Actor:
         async with self._telling():
             return await self._engine.usage()
 
-    async def extend(self, requests: list[Request]):
-        async with self._telling():
-            async for complete in self._engine.extend(requests):
-                yield complete
+    async def extend(self, number: int, requests: list[Request]) -> None:
+        """Sample; what comes of it goes out with `replies`, under this number."""
+        try:
+            async with self._telling():
+                async for complete in self._engine.extend(requests):
+                    self._say(number, complete)
+        except (Lost, Refused) as error:
+            self._say(number, error)
+
+    def _say(self, number: int, told: Replies | Exception) -> None:
+        self._said.append((number, told))
+        self._news.set()
+
+    async def replies(self) -> AsyncIterator[list[tuple[int, Replies | Exception]]]:
+        """What comes of every call, for ever. What is there at one moment goes out in one piece."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            said, self._said = self._said, []
+            yield said
 
     async def drop(self, numbers: list[int]) -> None:
         async with self._telling():

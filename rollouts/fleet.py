@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -115,17 +116,12 @@ class _Job:
     def __init__(self, key: int, request: Request, cancelled: Callable[[_Job], None]) -> None:
         self.key, self.request, self.tries = key, request, 0
         self.seat: _Seat | None = None  # whose engine is at work on it
-        self._loop = asyncio.get_running_loop()
-        self.reply: asyncio.Future[list[Reply]] = self._loop.create_future()
+        self.loop = asyncio.get_running_loop()
+        self.reply: asyncio.Future[list[Reply]] = self.loop.create_future()
         self.reply.add_done_callback(lambda reply: reply.cancelled() and cancelled(self))
 
     def settle(self, reply: list[Reply] | Exception) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._set, reply)
-        except RuntimeError:
-            pass  # the caller's event loop ended: nobody waits
-
-    def _set(self, reply: list[Reply] | Exception) -> None:
+        """In its own event loop."""
         if self.reply.done():  # cancelled by its search
             return
         self.reply.set_exception(reply) if isinstance(reply, Exception) else self.reply.set_result(reply)
@@ -167,6 +163,7 @@ class Fleet:
         self._events: deque[EngineState] = deque(maxlen=MEMORY)
         self._file: Any = None
         self._outboxes: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+        self._settled: dict[asyncio.AbstractEventLoop, list[tuple[_Job, list[Reply]]]] = {}  # not yet told
         self._waiting: list[_Job] = []  # while no engine takes work
         self._broken: Exception | None = None  # why nothing goes on
         self._last_words = ""  # of the engine that was lost last
@@ -445,7 +442,7 @@ class Fleet:
                         raise Lost(wrong)
                     seat.jobs.pop(jobs[index], None)
                     self._count(replies)
-                    jobs[index].settle(replies)
+                    self._settle(jobs[index], replies)
                 left -= len(complete)
         except Refused as error:
             mine = [job for job in jobs if job in seat.jobs]
@@ -453,14 +450,33 @@ class Fleet:
                 del seat.jobs[job]
             self._refuse(mine, ClusterError(f"engine {seat.number} refused a request: {error}"))
 
+    def _settle(self, job: _Job, reply: list[Reply]) -> None:
+        """To whoever waits: what comes at one moment wakes their event loop once."""
+        if job.loop not in self._settled:
+            self._settled[job.loop] = []
+            self._loop.call_soon(lambda: self._tell_caller(job.loop, self._settled.pop(job.loop)))
+        self._settled[job.loop].append((job, reply))
+
+    def _tell_caller(
+        self, loop: asyncio.AbstractEventLoop, answers: list[tuple[_Job, list[Reply] | Exception]]
+    ) -> None:
+        def settle() -> None:
+            for job, answer in answers:
+                job.settle(answer)
+
+        try:
+            loop.call_soon_threadsafe(settle)
+        except RuntimeError:
+            pass  # that loop ended: nobody waits
+
     def _count(self, replies: list[Reply]) -> None:
         self.ledger.generated += sum(len(reply.step.ids) for reply in replies)
         self.ledger.prefilled += sum(reply.prefilled for reply in replies)
         self.ledger.cached += sum(reply.step.cached for reply in replies)
 
     def _refuse(self, jobs: Sequence[_Job], error: Exception) -> None:
-        for job in jobs:
-            job.settle(error)
+        for loop, mine in groupby(sorted(jobs, key=lambda job: id(job.loop)), key=lambda job: job.loop):
+            self._tell_caller(loop, [(job, error) for job in mine])
 
     # -- what is known of all of them ----------------------------------------------------------------------------
 
@@ -546,7 +562,8 @@ async def _next(answers: AsyncIterator[Replies]) -> Replies:
 async def _within(seconds: float, work: Awaitable[Any], what: str) -> Any:
     """The result, or Lost when it takes too long: whoever it was asked of counts as hung."""
     try:
-        return await asyncio.wait_for(work, seconds)
+        async with asyncio.timeout(seconds):
+            return await work
     except TimeoutError:
         raise Lost(f"hung: {what} took more than {seconds:g} s") from None
 

@@ -125,7 +125,8 @@ class VLLMEngine:
         left = len(requests)
         while left:
             try:
-                complete = [await asyncio.wait_for(done.get(), HEARTBEAT)]
+                async with asyncio.timeout(HEARTBEAT):
+                    complete = [await done.get()]
             except TimeoutError:
                 yield []
                 continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -65,11 +65,14 @@ class Trajectory:
     seed: int = 0
     log_weight: float = 0.0  # of a path that was not drawn plainly (particles, without replacement); see `marginal`
     value: float | None = None  # what the search's scorer said of it
+    _ids: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)  # when first asked for
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Prompt and steps: what the engine continues from."""
-        return (*self.prompt, *chain.from_iterable(step.ids for step in self.steps))
+        if self._ids is None:
+            object.__setattr__(self, "_ids", (*self.prompt, *chain.from_iterable(step.ids for step in self.steps)))
+        return self._ids
 
     @property
     def text(self) -> str:
@@ -91,7 +94,16 @@ class Trajectory:
         return sum(lp for step in self.steps if step.sampled for lp in step.logprobs)
 
     def grow(self, step: Step, *, end: Ending | None = None, seed: int | None = None) -> Trajectory:
-        return replace(self, steps=(*self.steps, step), end=end, seed=self.seed if seed is None else seed)
+        seed = self.seed if seed is None else seed
+        grown = Trajectory(self.prompt, (*self.steps, step), end, seed, self.log_weight, self.value)
+        object.__setattr__(grown, "_ids", self.ids + step.ids)
+        return grown
+
+    def valued(self, value: float) -> Trajectory:
+        """The same path with a scorer's word on it."""
+        same = Trajectory(self.prompt, self.steps, self.end, self.seed, self.log_weight, value)
+        object.__setattr__(same, "_ids", self._ids)
+        return same
 
 
 @dataclass(frozen=True, slots=True)

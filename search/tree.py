@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from array import array
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -137,13 +137,13 @@ class Tree:
         record.rows.append(_extend_row(path, until, self.sampling, children, record.known))
         return children
 
-    async def score(self, path: Trajectory) -> float:
+    def score(self, path: Trajectory) -> Awaitable[float]:
         """The scorer's word on a path, asked once for equal token ids however often it is wanted."""
         assert self.judge is not None, "a search that needs a score says so in check()"
         ids, scores = path.ids, self.record.scores
-        if ids not in scores:
-            scores[ids] = asyncio.ensure_future(self._score(path, ids))
-        return await asyncio.shield(scores[ids])
+        if (asked := scores.get(ids)) is None:
+            asked = scores[ids] = asyncio.ensure_future(self._score(path, ids))
+        return asyncio.shield(asked)  # others may wait for it, too
 
     async def _score(self, path: Trajectory, ids: tuple[int, ...]) -> float:
         record, read = self.record, len(ids)
@@ -197,20 +197,19 @@ async def explore(
 # -- what searches are written with ---------------------------------------------------------------------------------
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
     """All results in order. When one fails or the caller is cancelled, the others are cancelled and awaited."""
+    work = list(work)
+    if len(work) == 1:
+        return [await work[0]]
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def valued(path: Trajectory, score: Score | None) -> Trajectory:
-    """The path with its score, or with its log-probability where there is no scorer."""
-    return replace(path, value=path.logprob if score is None else await score(path))
+        raise
 
 
 async def spread(
@@ -223,13 +222,18 @@ async def spread(
 ) -> list[list[Trajectory]]:
     """Up to n distinct children of every path, each scored as soon as it is there; no barrier between paths.
 
+    A child's value is its score, or its log-probability where there is no scorer.
     expand "sample" draws them; "top" takes the n likeliest next tokens.
     """
 
     async def one(path: Trajectory) -> list[Trajectory]:
         drawn = await (likeliest(path, n, engine) if expand == "top" else engine.extend(path, n=n, until=until))
-        distinct = {child.ids: child for child in reversed(drawn)}  # the first of equal ones
-        return await together(valued(child, score) for child in drawn if distinct[child.ids] is child)
+        first = {child.ids: child for child in reversed(drawn)}  # of equal ones
+        distinct = [child for child in drawn if first[child.ids] is child]
+        if score is None:
+            return [child.valued(child.logprob) for child in distinct]
+        values = await together(score(child) for child in distinct)
+        return [child.valued(value) for child, value in zip(distinct, values, strict=True)]
 
     return await together(one(path) for path in paths)
 
@@ -257,17 +261,21 @@ def best(paths: Iterable[Trajectory]) -> list[Trajectory]:
 
 def key(path: Trajectory) -> int:
     """Identity of a path in the log."""
-    return _digest(path.seed, path.ids)
+    return _key(path.seed, content(path))
 
 
 def content(path: Trajectory) -> int:
     """The same for paths with the same tokens, whatever their seeds: what a score belongs to."""
-    return _digest(0, path.ids)
+    return _digest(path.ids)
 
 
-def _digest(seed: int, ids: Sequence[int]) -> int:
+def _key(seed: int, content: int) -> int:
+    return _digest((seed, content))
+
+
+def _digest(numbers: tuple[int, ...]) -> int:
     """As `derive`, for many numbers at once."""
-    digest = hashlib.blake2b(array("q", [seed, *ids]).tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(array("q", numbers).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -281,8 +289,8 @@ def _extend_row(
         "sampling": _sampling_row(sampling),
         "children": [
             {
-                "path": key(child),
-                "ids": content(child),
+                "path": _key(child.seed, ids := content(child)),
+                "ids": ids,
                 "seed": child.seed,
                 "end": child.end,
                 "step": None if (step := _added(path, child)) is None else _step_row(step),
@@ -313,7 +321,7 @@ def _child(path: Trajectory, row: Row) -> Trajectory:
 
 
 def _step_row(step: Step) -> Row:
-    row: Row = {"ids": list(step.ids), "logprobs": list(step.logprobs), "text": step.text, "sampled": step.sampled}
+    row: Row = {"ids": step.ids, "logprobs": step.logprobs, "text": step.text, "sampled": step.sampled}
     for name in ("versions", "top", "cached"):
         if value := getattr(step, name):
             row[name] = value
