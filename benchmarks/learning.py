@@ -1,10 +1,13 @@
 """What each way of learning makes of the same generated tokens; writes benchmarks/results/learning.json.
 
-    python -m benchmarks.learning [methods] [star] [--seeds 3]       make bench-learning, FULL=1 for three seeds
+    python -m benchmarks.learning [methods] [star] [process] [--seeds 3]     make bench-learning, FULL=1 for three seeds
 
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
+process  credit for steps against credit for outcomes where all steps are seldom right: chains of five or six terms, from
+         a base that works every line and gets few whole chains right; the tokens that each needs for the accuracy that
+         credit for outcomes ends with
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
 Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
@@ -35,6 +38,7 @@ from search.metrics import interval
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
 CONFIG = HERE.parent / "configs" / "star.toml"
+CHAIN_CONFIG = HERE.parent / "configs" / "quickstart.toml"
 BUDGET = 100_000  # tokens generated in training
 
 TASK = [  # two-digit sums: the base guesses at most of them, works some, and makes a slip in every fifth line
@@ -67,6 +71,22 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
+CHAINS = [  # four or five lines of work, each of them right more often than not: few chains are right as a whole
+    "tasks.params={min_terms=5, max_terms=6, min_digits=1, max_digits=1}",
+    "tasks.heldout=100",
+    "tasks.verifier=process_math",
+    'policies={process_math={outcome={form="simplest"}}}',
+    "base={kind='warmup', steps=700, batch=24, lr=2.5e-3, blurt=0.0, haste=0.0, hidden=96, layers=3}",
+    "engine.kind=local",
+    "sampling.max_tokens=64",
+    "evaluate={tasks=100, n=8, k=8}",
+    "steps=60",
+    "tasks_per_step=16",
+    "learner.lr=5e-4",
+    "checkpoint_every=1000",
+]
+CREDIT = {"GRPO": ["credit.kind=grpo"], "process": ["credit.kind=process"]}
+
 
 def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
     """The table: a row for each method, in the order of METHODS."""
@@ -84,7 +104,25 @@ def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
     }
 
 
-def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
+def process(seeds: int, scratch: Path) -> dict[str, Any]:
+    """Both kinds of credit on the chains, as `methods` compares its methods."""
+    runs: dict[str, list[dict]] = {name: [] for name in CREDIT}
+    for seed in range(seeds):
+        for name, overrides in CREDIT.items():
+            found = measured(f"chains-{name}-{seed}", [*CHAINS, *overrides, f"seed={seed}"], scratch, CHAIN_CONFIG)
+            runs[name].append(found)
+            print(f"chains, {name}, seed {seed}: greedy {found['final']['greedy']:.1%}", flush=True)
+    needed = reach(runs)
+    shares = needed["process"]
+    return {
+        "seeds": list(range(seeds)),
+        "rows": [row(name, found) for name, found in runs.items()],
+        "tokens to reach": needed,
+        "mean share": interval(shares)._asdict() if len(shares) > 1 and None not in shares else None,
+    }
+
+
+def measured(name: str, overrides: list[str], scratch: Path, config: Path = CONFIG) -> dict[str, Any]:
     """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds.
 
     What an interrupted benchmark has measured already is read from `scratch`.
@@ -94,7 +132,7 @@ def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
         return json.loads(done.read_text())
     where = [f"name={name.replace(' ', '-')}", f"out={scratch}/runs", f"cache={scratch}/cache"]
     with (scratch / "log.txt").open("a") as log:
-        folder = train(load(CONFIG, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
+        folder = train(load(config, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {

@@ -3,7 +3,7 @@
     python -m benchmarks.prm RUN [--steps 400] [--out FOLDER]          e.g. RUN = runs/quickstart
 
 generative  trained on the run's journal, labels by rule: F1 at naming the first wrong step, and calibration error, on
-            the rollouts of both evaluations, whose questions training never saw
+            the rollouts of both evaluations, whose questions training never saw; and its sign without its surprise
 baselines   the policy's own confidence (its least probable token of a step), and the implicit model (log-ratio of the
             run's last checkpoint to its base), neither of them trained for this
 labels      how often Monte-Carlo values and bisection name the step that the rule names, and their tokens
@@ -24,6 +24,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ from rollouts.base import Group, Rollout
 from rollouts.journal import read
 from rollouts.local_engine import LocalEngine
 from rollouts.roll_out import encode
-from rollouts.score import ProcessModel, question_of
+from rollouts.score import SIGN_ALONE, ProcessModel, question_of
 from search.base import Sampling, Trajectory, derive
 from search.beam import Beam
 from verifiers import Pool
@@ -64,13 +65,15 @@ def rows_of(files: Iterable[Path], decode: Callable[..., str]) -> list[tuple[ste
     return [(step_labels.row(r, step_labels.by_rule(r), "\n", decode), r) for r in found.values()]
 
 
-def by_length(rows: Sequence[step_labels.Row], values: Sequence[Sequence[float]]) -> dict[str, Any]:
+def by_length(
+    rows: Sequence[step_labels.Row], values: Sequence[Sequence[float]], threshold: float = 0.5
+) -> dict[str, Any]:
     """Measured on solutions that show work, and on all."""
     several = [(row, value) for row, value in zip(rows, values, strict=True) if len(row["steps"]) > 1]
     keys = ("f1", "accuracy_on_right", "accuracy_on_wrong", "right", "wrong", "ece", "steps_judged")
 
     def shown(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-        result = measured([row for row, _ in pairs], [value for _, value in pairs])
+        result = measured([row for row, _ in pairs], [value for _, value in pairs], threshold)
         return {key: round(result[key], 4) for key in keys}
 
     return {"several_steps": shown(several), "all": shown(list(zip(rows, values, strict=True)))}
@@ -201,8 +204,10 @@ def main() -> None:
     if not args.prm:
         result["training"]["seconds"] = round(time.perf_counter() - start)
     places = [tokenised(row, tokenizer, "\n") for row in rows]
-    result["generative"] = by_length(rows, prm.values(places))
+    result["generative"] = by_length(rows, prm.values(places), prm.settings.threshold) | asdict(prm.settings)
     print(json.dumps(result["generative"]), flush=True)
+    alone = replace(prm, settings=replace(prm.settings, mix=SIGN_ALONE))
+    result["generative, sign alone"] = by_length(rows, alone.values(places))
     policy = load(checkpoint, torch.float32)
     result["policy's confidence"] = by_length(rows, confidence(policy, rows))
     if args.base:

@@ -11,8 +11,12 @@ is the caller.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 from search.base import Engine, Score, Search, Trajectory, bind
@@ -133,11 +137,33 @@ class Confidence:
         return StepConfidence(self.join, engine.sampling.step, engine.decode)
 
 
+SIGN_ALONE = (1.0, 0.0, 0.0)
+
+
+def mixed(mix: Sequence[float], sign: float, least: float) -> float:
+    """What a process reward model makes of a step: the logistic of a x sign + b x odds(least) + c, mix being (a, b, c).
+
+    Args:
+        sign: the log-odds with which it says + rather than -.
+        least: log-probability of the step's least probable token; its log-odds are what counts.
+    """
+    logit = mix[0] * sign + mix[1] * odds(math.exp(least)) + mix[2]
+    return 1 / (1 + math.exp(-max(-700.0, logit)))
+
+
+def odds(chance: float) -> float:
+    """Log-odds, in [-14, 14]."""
+    chance = min(max(chance, 1e-6), 1 - 1e-6)
+    return math.log(chance / (1 - chance))
+
+
 @dataclass(frozen=True)
 class ProcessModel:
     """A trained process reward model: its + or - behind the path, one token (`reasoner prm train`).
 
-    A path is worth no more than what it grew from was.
+    A path is worth no more than what it grew from was. Where the model's `prm.json` says how, the sign is joined by the
+    log-probability that the step's least probable token was drawn with; the first token of a later step, where the
+    model says its sign, does not count.
     """
 
     checkpoint: str
@@ -150,10 +176,15 @@ class ProcessModel:
 
     def open(self, question: Question, engine: Engine, pool: Pool) -> Score:
         judge = SelfScore(engine, ask="", yes=self.yes, no=self.no, top=self.top, turn=False)
+        settings = Path(self.checkpoint) / "prm.json"
+        mix = json.loads(settings.read_text()).get("mix", SIGN_ALONE) if settings.is_file() else SIGN_ALONE
         lowest: dict[tuple[int, ...], float] = {}  # an error is not mended by what follows
 
         async def score(path: Trajectory) -> float:
             value, ids = await judge(path), path.prompt
+            if any(mix[1:]):
+                drawn = path.steps[-1].logprobs[len(path.steps) > 1 :]
+                value = mixed(mix, odds(value), min(drawn, default=0.0))
             for step in path.steps:
                 value, ids = min(value, lowest.get(ids, 1.0)), ids + step.ids
             lowest[path.ids] = value
