@@ -5,9 +5,8 @@
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
-process  credit for steps against credit for outcomes where all steps are seldom right: chains of five or six terms, from
-         a base that works every line and gets few whole chains right; the tokens that each needs for the accuracy that
-         credit for outcomes ends with
+process  credit for steps against credit for outcomes where few paths are right as a whole: chains of five or six terms
+         and a base that works every line; the tokens that each needs for the accuracy that outcomes end with
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
 Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
@@ -23,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
         "seeds": list(range(seeds)),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
-        "mean share": interval(shares)._asdict() if len(shares) > 1 and None not in shares else None,
+        "mean share": asdict(interval(shares, unit=False)) if len(shares) > 1 and None not in shares else None,
     }
 
 
@@ -262,12 +262,12 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="methods, star; default: both")
+    parser.add_argument("parts", nargs="*", metavar="part", help="methods, star, process; default: all")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
     parser.add_argument("--keep", metavar="DIR", help="leave the runs there, and go on with those that are there")
     args = parser.parse_args()
-    if unknown := (set(args.parts) - {"methods", "star"}) | (set(args.only or ()) - set(METHODS)):
+    if unknown := (set(args.parts) - {"methods", "star", "process"}) | (set(args.only or ()) - set(METHODS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -275,6 +275,7 @@ def main() -> None:
         parts = {
             "methods": lambda: methods(args.seeds, args.only or list(METHODS), scratch),
             "star": lambda: star(scratch),
+            "process": lambda: process(args.seeds, scratch),
         }
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for name in args.parts or parts:

@@ -1,8 +1,10 @@
 """How the comparison of ways of learning reads its runs, and that every method of it is a config that loads."""
 
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.learning import CONFIG, METHODS, TASK, reach, row, tokens_at
+from benchmarks.learning import CHAIN_CONFIG, CHAINS, CONFIG, CREDIT, METHODS, TASK, reach, row, tokens_at
 from reasoner.config import load
 
 
@@ -23,6 +25,11 @@ def run(values, *, tokens=100, rounds=None, greedy=(1.0, 0.0)):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_config_that_loads(name):
     assert load(CONFIG, [*TASK, *METHODS[name], "token_budget=1000"]).token_budget == 1000
+
+
+def test_outcomes_and_steps_are_compared_at_the_same_settings():
+    outcomes, steps = (load(CHAIN_CONFIG, [*CHAINS, *CREDIT[name]]) for name in ("GRPO", "process"))
+    assert replace(outcomes, credit=steps.credit) == steps and outcomes.credit != steps.credit
 
 
 def test_a_level_is_reached_when_the_mean_of_a_window_is():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -94,6 +95,62 @@ def test_a_generative_judge_learns_from_labels_and_is_measured_on_others(trained
     assert result["right"] + result["wrong"] == len(rows) and result["wrong_of_several_steps"] == result["wrong"]
     again = bench(rows, Prm.load(folder / "judge"))
     assert again["f1"] == result["f1"]
+
+
+@pytest.fixture(scope="module")
+def surprised():
+    """A model, and rows whose right steps are what it would say itself; the wrong ones have another token in them."""
+    judge, noise, rows = Prm(model(), TOKENIZER, Settings()), random.Random(0), []
+    with torch.no_grad():
+        judge.model.lm_head.weight *= 30  # sure of what it says
+    for number in range(60):
+        begun = TOKENIZER.encode(f"{number} =\n")
+        ids, ends, wrong = list(begun), [], noise.choice([-1, 0, 1, 2])
+        for step in range(3):
+            for place in range(4):
+                with torch.no_grad():
+                    best = judge.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+                ids.append(3 + (best - 2) % (len(TOKENIZER) - 3) if (step, place) == (wrong, 2) else best)
+            ends.append(len(ids))
+        values = [float(wrong < 0 or step < wrong) for step in range(3)]
+        steps = {"steps": ["?"] * 3, "label": wrong, "problem": str(number)}
+        rows.append(steps | {"ids": ids, "prompt": len(begun), "ends": ends, "values": values, "delimiter": "\n"})
+    return judge, rows
+
+
+def test_a_judge_whose_sign_knows_nothing_names_what_surprises_it(surprised):
+    judge, rows = surprised
+    fitted = judge.calibrated(rows[:30])
+    assert fitted.settings.mix[1] > 0.2
+    assert bench(rows[30:], fitted)["f1"] > 0.9 > 0.5 > bench(rows[30:], judge)["f1"]
+
+
+def test_a_judge_stays_as_it_is_where_nothing_is_wrong(surprised):
+    judge, rows = surprised
+    right = [row for row in rows if row["label"] < 0]
+    assert judge.calibrated(right) is judge and judge.calibrated([]) is judge
+
+
+def test_a_search_is_served_the_mix_that_the_checkpoint_says(surprised, tmp_path):
+    judge, rows = surprised
+    judge = replace(judge, settings=replace(judge.settings, mix=(0.5, 0.8, -0.3)))
+    judge.save(tmp_path / "judge")
+    engine = LocalEngine(judge.model, TOKENIZER, Sampling())
+    score = ProcessModel(str(tmp_path / "judge"), top=len(TOKENIZER)).open(question_of(TASK), engine, None)
+    row = next(row for row in rows if row["label"] == 2)
+    ids, prompt, ends = row["ids"], row["prompt"], row["ends"]
+    with torch.no_grad():
+        law = judge.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    grown = Trajectory(tuple(ids[:prompt]))
+    served = []
+    for start, end in zip([prompt, *ends], ends, strict=False):
+        drawn = tuple(law[i - 1, ids[i]].item() for i in range(start, end))
+        grown = replace(grown, steps=(*grown.steps, Step(tuple(ids[start:end]), drawn, "?")))
+        served.append(asyncio.run(score(grown)))
+    (values,) = judge.values([(ids, prompt, ends)])
+    lowest = [min(values[: i + 1]) for i in range(3)]  # an error is not mended by what follows
+    assert served == pytest.approx(lowest, abs=1e-4) and served[2] < 0.5 < served[1]
+    assert Prm.load(tmp_path / "judge").values([(ids, prompt, ends)])[0] == pytest.approx(values, abs=1e-5)
 
 
 def test_its_values_are_the_steps_credit_of_a_group(trained):
