@@ -92,6 +92,7 @@ def test_engines_spread_over_the_nodes_and_weights_reach_them(engines):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_engine_is_lost_while_it_samples_and_nobody_notices(engines, how):
+    push(engines, 1)
     settled(engines, 1)
     expected = undisturbed(engines, 1)
     victim = engines.pids()[0][0]
@@ -115,6 +116,7 @@ def test_engine_is_lost_while_it_samples_and_nobody_notices(engines, how):
 
 
 def test_engine_killed_during_a_push_comes_back_with_the_new_weights(engines):
+    push(engines, 1)
     settled(engines, 1)
     victim = engines.pids()[1][0]
 
@@ -130,6 +132,7 @@ def test_engine_killed_during_a_push_comes_back_with_the_new_weights(engines):
 
 @pytest.mark.slow
 def test_engine_of_a_killed_node_moves_or_leaves_its_work_to_the_rest(engines, nodes):
+    push(engines, 2)
     settled(engines, 2)
     (first,) = nodes.worker_nodes
     spare = nodes.add_node(**ONE)
