@@ -10,7 +10,8 @@ step  SmolLM2-135M: seconds of a step, the same three.
 lag   Engines on another machine: rollouts that take a known latency longer and none of our cores. Throughput and
       accuracy at max_lag = 0, at 4, and at 4 without the importance correction.
 
-Further arguments override keys of configs/quickstart.toml. Every run has a process of its own; runs of one part follow
+`step` is the median time of a step by the clock, `step_of_process` by the cores that this process used: the second hardly
+moves when others use the machine, but leaves out vLLM's process. Further arguments override keys of configs/quickstart.toml. Every run has a process of its own; runs of one part follow
 each other, round by round in the full form. Start-up and evaluation are not counted. TRL gets the verdicts in its own
 process, where they cost least.
 """
@@ -58,16 +59,17 @@ class Slowed(LocalEngine):
 
 
 class Copies:
-    """The weights at some steps, and the seconds of training until then."""
+    """The weights at some steps, and the seconds of training until then, by the clock and of this process's cores."""
 
     def __init__(self, model: Any, steps: int) -> None:
         self.every = max(1, steps // COPIES)
-        self.model, self.kept, self.ends = model, [], []
+        self.model, self.kept, self.ends, self.cores = model, [], [], []
         self.begin = time.perf_counter()
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter() - self.begin
         self.ends.append(now)
+        self.cores.append(time.process_time())
         if done % self.every == 0:
             self.kept.append((done, now, {k: v.detach().clone() for k, v in self.model.state_dict().items()}))
 
@@ -209,9 +211,11 @@ def _accuracy(groups: list) -> float:
 
 
 def _result(copies: Copies, curve: list, tokens: int) -> dict[str, Any]:
-    ends = copies.ends
-    each = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    return {"seconds": ends[-1], "steps": len(ends), "step": statistics.median(each), "tokens": tokens, "curve": curve}
+    step, cores = (
+        statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)) for ends in (copies.ends, copies.cores)
+    )
+    each = {"step": step, "step_of_process": cores}  # what engines in other processes took is not in the second
+    return {"seconds": copies.ends[-1], "steps": len(copies.ends), **each, "tokens": tokens, "curve": curve}
 
 
 def reached(curve: list[dict[str, float]], target: float) -> float | None:
@@ -273,7 +277,8 @@ def per_step(full: bool, more: list[str]) -> dict[str, Any]:
         "trl": in_a_process("peer", config, common),
         "max_lag=1": in_a_process("ours", config, [*common, "max_lag=1"]),
     }
-    return {name: {k: r[k] for k in ("step", "seconds", "steps", "tokens")} for name, r in found.items()}
+    kept = ("step", "step_of_process", "seconds", "steps", "tokens")
+    return {name: {k: r[k] for k in kept} for name, r in found.items()}
 
 
 def ahead(full: bool, more: list[str]) -> dict[str, Any]:
