@@ -10,10 +10,10 @@ step  SmolLM2-135M: seconds of a step, the same three.
 lag   Engines on another machine: rollouts that take a known latency longer and none of our cores. Throughput and
       accuracy at max_lag = 0, at 4, and at 4 without the importance correction.
 
-`step` is the median time of a step by the clock, `step_of_process` by the cores that this process used: the second hardly
-moves when others use the machine, but leaves out vLLM's process. Further arguments override keys of configs/quickstart.toml. Every run has a process of its own; runs of one part follow
-each other, round by round in the full form. Start-up and evaluation are not counted. TRL gets the verdicts in its own
-process, where they cost least.
+`step` is the median time of a step by the clock; `cpu_step` is the processor time of the run's own process, which moves
+less when others use the machine, but leaves out vLLM's process. Further arguments override keys of
+configs/quickstart.toml. Every run has a process of its own; runs of one part follow each other, round by round in the
+full form. Start-up and evaluation are not counted. TRL gets the verdicts in its own process, where they cost least.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Slowed(LocalEngine):
 
 
 class Copies:
-    """The weights at some steps, and the seconds of training until then, by the clock and of this process's cores."""
+    """The weights at some steps, and the seconds of training until then, by the clock and by its processor time."""
 
     def __init__(self, model: Any, steps: int) -> None:
         self.every = max(1, steps // COPIES)
@@ -181,6 +181,7 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
                 copies(state.global_step)
 
         trainer.add_callback(AfterStep())
+        trainer.remove_callback(ours.PrinterCallback)
         trainer.train()
     with Pool(1, policies=dict(run.policies)) as pool, Loop() as loop:
         curve = copies.curve(_evaluation(run, tokenizer, heldout, pool, loop))
@@ -214,7 +215,7 @@ def _result(copies: Copies, curve: list, tokens: int) -> dict[str, Any]:
     step, cores = (
         statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)) for ends in (copies.ends, copies.cores)
     )
-    each = {"step": step, "step_of_process": cores}  # what engines in other processes took is not in the second
+    each = {"step": step, "cpu_step": cores}
     return {"seconds": copies.ends[-1], "steps": len(copies.ends), **each, "tokens": tokens, "curve": curve}
 
 
@@ -277,7 +278,7 @@ def per_step(full: bool, more: list[str]) -> dict[str, Any]:
         "trl": in_a_process("peer", config, common),
         "max_lag=1": in_a_process("ours", config, [*common, "max_lag=1"]),
     }
-    kept = ("step", "step_of_process", "seconds", "steps", "tokens")
+    kept = ("step", "cpu_step", "seconds", "steps", "tokens")
     return {name: {k: r[k] for k in kept} for name, r in found.items()}
 
 
