@@ -6,7 +6,7 @@ peer  The quickstart's base, tasks and hyperparameters: this system with the eng
       synchronous and with max_lag = 1, and TRL's GRPOTrainer with its own generation (transformers). Seconds of
       training until a held-out greedy accuracy is reached. Weights are copied every few steps and evaluated when
       training is over, off the clock.
-step  SmolLM2-135M: seconds of a step, the same three.
+step  SmolLM2-135M: seconds of a step, with vLLM, synchronous and with max_lag = 1, and with TRL.
 lag   Engines on another machine: rollouts that take a known latency longer and none of our cores. Throughput and
       accuracy at max_lag = 0, at 4, and at 4 without the importance correction.
 
@@ -59,7 +59,7 @@ class Slowed(LocalEngine):
 
 
 class Copies:
-    """The weights at some steps, and the seconds of training until then, by the clock and by its processor time."""
+    """The weights at some steps, and the seconds of training until then, by the clock and of processor time."""
 
     def __init__(self, model: Any, steps: int) -> None:
         self.every = max(1, steps // COPIES)
@@ -271,7 +271,7 @@ def _to_targets(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def per_step(full: bool, more: list[str]) -> dict[str, Any]:
-    common = ["steps=6" if full else "steps=4", "checkpoint_every=100"]
+    common = ["steps=5" if full else "steps=3", "checkpoint_every=100"]  # fewer than COPIES: nothing is evaluated
     config = CONFIGS / "smollm2.toml"
     found = {
         "sync": in_a_process("ours", config, common),
