@@ -164,6 +164,8 @@ def _report(args: argparse.Namespace) -> None:
 
     if not args.run.is_dir():
         raise ConfigError(f"{args.run} is not a folder: give the folder of a run, e.g. runs/quickstart")
+    if not any((args.run / name).is_file() for name in ("config.json", "metrics.jsonl", "journal.jsonl", "trees.json")):
+        raise ConfigError(f"{args.run} holds no run: give a folder that `reasoner train` or `search` wrote")
     if (args.run / "trees.json").is_file():
         from reasoner.compare_page import write_page as write_report
     print(write_report(args.run))

@@ -281,8 +281,8 @@ def _cell(measure: Measure | None) -> str:
 
 def _curves(run: Run) -> str:
     known = {key for _, keys in CHARTS for key in keys}
-    numeric = {key: None for row in run.metrics for key, value in row.items() if number(value) is not None}
-    others = [k for k in numeric if k not in known | UNPLOTTED and not k.startswith("seconds_")]
+    telling = {key: None for row in run.metrics for key, value in row.items() if number(value)}  # not always 0
+    others = [k for k in telling if k not in known | UNPLOTTED and not k.startswith("seconds_")]
     charts = [(title, [(k, _series(run, k)) for k in keys]) for title, keys in CHARTS]
     charts += [(k.replace("_", " "), [(k, _series(run, k))]) for k in others]
     figures = [_line_chart(title, [s for s in series if s[1]]) for title, series in charts if any(s[1] for s in series)]

@@ -231,6 +231,7 @@ class _Host:
             runtime_env={"env_vars": _environment(checkpoint, placement)},
             max_concurrency=10_000,  # an async actor: many extensions wait at once
         )
+        self._stopped = False
         self.admission: Admission | None = None  # until asked for
         self._checkpoint = checkpoint
         self._arguments = engine, str(checkpoint.resolve()), placement, seed
@@ -252,6 +253,8 @@ class _Host:
         """Where this seat's bundle is. Ray finds another node for it when it had to leave one that died."""
         deadline = time.monotonic() + room
         while True:
+            if self._stopped:  # Ray may be down by now, and asked anything it would start a cluster that nobody stops
+                raise NoRoom("the engines were stopped")
             place = placement_group_table(self._group)["bundles_to_node_id"].get(seat)
             names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
             if place in names:
@@ -261,6 +264,7 @@ class _Host:
             time.sleep(0.2)
 
     def stop(self) -> None:
+        self._stopped = True
         remove_placement_group(self._group)
 
 

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from reasoner.__main__ import main
 from reasoner.browser import MOST_TOKENS, SCRIPT, Excerpt
 from reasoner.report import read_run, write_report
 
@@ -300,6 +301,19 @@ def test_unknown_metric_gets_a_curve_of_its_own(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text(lines({**metrics(i), "expert_load_max": 1.5 + i} for i in range(5)))
     assert "expert load max last 5.5" in page_of(folder).words
+
+
+def test_a_metric_that_was_always_zero_gets_no_curve(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [{**metrics(i), "groups_unjudged": 0, "lag_max": float(i == 3)} for i in range(5)]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    words = page_of(folder).words
+    assert "groups unjudged" not in words and "lag max" in words
+
+
+def test_a_folder_that_holds_no_run_gets_no_page(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 # --- half a run
