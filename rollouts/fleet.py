@@ -127,6 +127,9 @@ class _Job:
         self.reply.set_exception(reply) if isinstance(reply, Exception) else self.reply.set_result(reply)
 
 
+Answer = tuple[_Job, list[Reply] | Exception]
+
+
 class _Seat:
     """A place for an engine, and the one that fills it now."""
 
@@ -163,7 +166,7 @@ class Fleet:
         self._events: deque[EngineState] = deque(maxlen=MEMORY)
         self._file: Any = None
         self._outboxes: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
-        self._settled: dict[asyncio.AbstractEventLoop, list[tuple[_Job, list[Reply]]]] = {}  # not yet told
+        self._settled: dict[asyncio.AbstractEventLoop, list[Answer]] = {}  # not yet told
         self._waiting: list[_Job] = []  # while no engine takes work
         self._broken: Exception | None = None  # why nothing goes on
         self._last_words = ""  # of the engine that was lost last
@@ -454,18 +457,12 @@ class Fleet:
         """To whoever waits: what comes at one moment wakes their event loop once."""
         if job.loop not in self._settled:
             self._settled[job.loop] = []
-            self._loop.call_soon(lambda: self._tell_caller(job.loop, self._settled.pop(job.loop)))
+            self._loop.call_soon(lambda: self._answer_all(job.loop, self._settled.pop(job.loop)))
         self._settled[job.loop].append((job, reply))
 
-    def _tell_caller(
-        self, loop: asyncio.AbstractEventLoop, answers: list[tuple[_Job, list[Reply] | Exception]]
-    ) -> None:
-        def settle() -> None:
-            for job, answer in answers:
-                job.settle(answer)
-
+    def _answer_all(self, loop: asyncio.AbstractEventLoop, answers: list[Answer]) -> None:
         try:
-            loop.call_soon_threadsafe(settle)
+            loop.call_soon_threadsafe(lambda: [job.settle(reply) for job, reply in answers])
         except RuntimeError:
             pass  # that loop ended: nobody waits
 
@@ -476,7 +473,7 @@ class Fleet:
 
     def _refuse(self, jobs: Sequence[_Job], error: Exception) -> None:
         for loop, mine in groupby(sorted(jobs, key=lambda job: id(job.loop)), key=lambda job: job.loop):
-            self._tell_caller(loop, [(job, error) for job in mine])
+            self._answer_all(loop, [(job, error) for job in mine])
 
     # -- what is known of all of them ----------------------------------------------------------------------------
 
