@@ -2,11 +2,14 @@
 
 estimators  error of each estimator on the toy chain at equal numbers of paths, against exact values (half a minute)
 searches    accuracy and tokens of every search on the toy chain, with an exact process reward (half a minute)
+judge       what a process judge of its own on vLLM reads and says for each token of a beam, by the length of a step
+driver      CPU time of the driver for 1,000 tokens of a beam, on an engine in an actor that computes nothing and gives
+            every row a token 40 times a second: the cost of trees, of the fleet and of Ray, on a busy machine too
 engine      64 questions in flight on one vLLM engine. Steady: tokens a second while 64 searches are always under way,
             beam against plain sampling, in alternating windows. Whole: 64 questions from the first call to the last
             answer, by self-consistency, best-of-n and beam; its_hub on the same engine and questions if it is found
 
-    python -m benchmarks.search [estimators] [searches] [engine] [--tasks 64] [--seconds 10] [--turns 1]
+    python -m benchmarks.search [estimators] [searches] [judge] [driver] [engine] [--tasks 64] [--seconds 10]
     pip install --target its_hub --no-deps its-hub; PYTHONPATH=its_hub python -m benchmarks.search engine
 
 The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, on a llama of 8 layers that
@@ -27,12 +30,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 
 from search import SEARCHES, bind, estimate, explore
-from search.base import Sampling, Trajectory, derive
+from search.base import Sampling, Step, Trajectory, derive
 from search.beam import Beam
 from search.distinct import Distinct
 from search.metrics import interval
@@ -131,6 +135,165 @@ def searches(repeats: int = 100, noise: float = 0.3) -> list[dict]:
     return rows
 
 
+# -- judge ----------------------------------------------------------------------------------------------------------
+
+
+def judge(tasks: int = 16) -> list[dict]:
+    """Beams of different children, guided by + or - behind each step. The chain stands for both models."""
+    from rollouts.cluster import Engines, cluster
+    from rollouts.request import Placement
+
+    rows = []
+    placement = Placement(max_model_len=512, max_num_seqs=256, kv_cache_gib=0.1)
+    for length in (6, 8, 16):
+        chain = prose(step=1 / (length - 1))
+        with tempfile.TemporaryDirectory() as folder, cluster("local"):
+            write_checkpoint(chain, Path(folder))
+            made = [Engines.start(Path(folder), placement, Sampling(max_tokens=256), seed=s) for s in (1, 2)]
+            try:
+                rows.append({"step": length} | asyncio.run(_judged(chain, *made, tasks)))
+            finally:
+                for engine in made:
+                    engine.stop()
+        print("judge:", ", ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()))
+    return rows
+
+
+async def _judged(chain: Chain, writer, reader, tasks: int) -> dict:
+    from rollouts.score import ProcessModel, Question
+
+    class Letters(ProcessModel):
+        yes, no = "a", "b"  # the chain has no + and -
+
+    draw, before = random.Random(0), reader.usage()[0]
+    prompts = [(chain.start, *(draw.randrange(3, 29) for _ in range(24))) for _ in range(tasks)]
+    scores = [Letters("").open(Question(str(i), (), ""), reader, None) for i in range(tasks)]
+    runs = (explore(Beam(), Trajectory(p, seed=i), writer, scores[i]) for i, p in enumerate(prompts))
+    found = await asyncio.gather(*runs)
+    ledger, now = sum((each.tree.ledger for each in found), Ledger()), reader.usage()[0]
+    read, said = now["prefilled"] - before["prefilled"], now["rows"] - before["rows"]
+    return {
+        "generated": ledger.generated,
+        "read/generated": read / ledger.generated,
+        "said/generated": said / ledger.generated,
+        "prompts/generated": sum(map(len, prompts)) / ledger.generated,
+    }
+
+
+# -- driver ---------------------------------------------------------------------------------------------------------
+
+
+class Paced:
+    """Takes the place of `VLLMEngine` in an actor: steps of about 16 tokens that were made in advance, in due time."""
+
+    RATE, ROWS = 40, 256
+
+    def __init__(self, checkpoint: str, placement, seed: int) -> None:
+        from rollouts.request import Reply
+
+        draw = random.Random(0)
+        self._replies = []
+        for _ in range(1009):
+            count, stopped = max(1, int(draw.expovariate(1 / 16))), draw.random() < 1 / 6
+            ids = tuple(draw.randrange(3, 29) for _ in range(count - 1)) + (1 if stopped else 2,)
+            text = "".join(chr(94 + i) for i in ids[:-1]) + ("" if stopped else "\n")
+            step = Step(ids, tuple(-draw.random() for _ in ids), text, versions=((0, 0, count),), cached=30)
+            self._replies.append(Reply(step, stopped, 1))
+        self._waiting, self._running, self._worker, self.dead = [], [], None, False
+
+    async def ready(self) -> int:
+        return 0
+
+    async def init_weight_transfer_engine(self, info: dict) -> None:
+        pass
+
+    async def checksums(self) -> dict[str, str]:
+        return {}
+
+    async def usage(self) -> dict:
+        return {"room": None}
+
+    async def drop(self, numbers: list[int]) -> None:
+        pass
+
+    async def extend(self, requests):
+        done = asyncio.Queue()
+        for i, request in enumerate(requests):
+            self._waiting.append([i, [self._replies[seed % 1009] for seed in request.seeds], 0, done])
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.ensure_future(self._work())
+        left = len(requests)
+        while left:
+            complete = [await done.get()]
+            while not done.empty():
+                complete.append(done.get_nowait())
+            left -= len(complete)
+            yield complete
+
+    async def _work(self) -> None:
+        rows = 0
+        while self._waiting or self._running:
+            while self._waiting and rows + len(self._waiting[0][1]) <= self.ROWS:
+                rows += len(self._waiting[0][1])
+                self._running.append(self._waiting.pop(0))
+            await asyncio.sleep(1 / self.RATE)
+            for job in list(self._running):
+                index, replies, _, done = job
+                job[2] += 1
+                rows -= sum(len(reply.step.ids) == job[2] for reply in replies)
+                if job[2] >= max(len(reply.step.ids) for reply in replies):
+                    self._running.remove(job)
+                    done.put_nowait((index, replies))
+
+
+def driver(tasks: int, seconds: float) -> list[dict]:
+    from rollouts.cluster import Engines, cluster
+    from rollouts.request import Placement
+
+    draw = random.Random(0)
+    prompts = [(0, *(draw.randrange(3, 29) for _ in range(24))) for _ in range(tasks)]
+    with tempfile.TemporaryDirectory() as folder, cluster("local"):
+        (Path(folder) / "config.json").write_text("{}")
+        place, sampling = Placement(max_model_len=512), Sampling(max_tokens=256)
+        served = Engines.start(Path(folder), place, sampling, seed=1, engine="benchmarks.search:Paced")
+        try:
+            with asyncio.Runner() as runner:
+                rows = [runner.run(_cpu(served, prompts, seconds, turn)) for turn in range(2)]
+        finally:
+            served.stop()
+    for row in rows:
+        print("driver:", ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
+    return rows
+
+
+async def _cpu(engine, prompts, seconds: float, turn: int) -> dict:
+    run = _explored(Beam(width=4, branch=4))
+    async with _lanes(prompts, lambda root: run(engine, root), "driver", turn):
+        await asyncio.sleep(2)
+        before, tokens, cpu = time.perf_counter(), engine.ledger.generated, time.process_time()
+        await asyncio.sleep(seconds)
+        took, cpu = time.perf_counter() - before, time.process_time() - cpu
+        tokens = engine.ledger.generated - tokens
+    return {"tokens/s": tokens / took, "cpu ms/1000 tokens": 1e6 * cpu / tokens, "driver's CPU share": cpu / took}
+
+
+@asynccontextmanager
+async def _lanes(prompts, run: Callable, name: str, turn: int):
+    """As many searches as there are prompts are under way at any moment inside; those begun are ended after."""
+    stop = asyncio.Event()
+
+    async def lane(number: int) -> None:
+        round_ = 0
+        while not stop.is_set():
+            await run(Trajectory(prompts[(number + round_) % len(prompts)], seed=derive(name, turn, number, round_)))
+            round_ += 1
+
+    lanes = [asyncio.create_task(lane(number)) for number in range(len(prompts))]
+    yield
+    stop.set()
+    await asyncio.gather(*lanes)
+
+
 # -- engine ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,23 +374,12 @@ async def _steady(engine, prompts, seconds: float) -> list[dict]:
 
 
 async def _window(engine, prompts, name: str, run: Callable, seconds: float, turn: int) -> dict:
-    stop = asyncio.Event()
-
-    async def lane(number: int) -> None:
-        round_ = 0
-        while not stop.is_set():
-            seed = derive(name, turn, number, round_)
-            await run(engine, Trajectory(prompts[(number + round_) % len(prompts)], seed=seed))
-            round_ += 1
-
-    lanes = [asyncio.create_task(lane(number)) for number in range(len(prompts))]
-    await asyncio.sleep(0.4 * seconds)
-    before, used, cpu = time.perf_counter(), engine.usage()[0], time.process_time()
-    await asyncio.sleep(seconds)
-    took, now, cpu = time.perf_counter() - before, engine.usage()[0], time.process_time() - cpu
+    async with _lanes(prompts, lambda root: run(engine, root), name, turn):
+        await asyncio.sleep(0.4 * seconds)
+        before, used, cpu = time.perf_counter(), engine.usage()[0], time.process_time()
+        await asyncio.sleep(seconds)
+        took, now, cpu = time.perf_counter() - before, engine.usage()[0], time.process_time() - cpu
     generated = now["rows"] - used["rows"]  # the engine's own count: replies come in pieces of unequal size
-    stop.set()
-    await asyncio.gather(*lanes)
     return {
         "run": name,
         "tokens/s": generated / took,
@@ -370,7 +522,9 @@ def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="estimators, searches, engine; default: all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help="estimators, searches, judge, driver, engine; default: all"
+    )
     parser.add_argument("--tasks", type=int, default=64, help="questions in flight on the engine")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a steady window")
     parser.add_argument("--turns", type=int, default=1, help="repeats of each whole run; the median is shown")
@@ -378,6 +532,8 @@ def main() -> None:
     parts = {
         "estimators": estimators,
         "searches": searches,
+        "judge": judge,
+        "driver": lambda: driver(args.tasks, args.seconds),
         "engine": lambda: engine(args.tasks, args.seconds, args.turns),
     }
     if unknown := set(args.parts) - set(parts):

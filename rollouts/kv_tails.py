@@ -3,7 +3,8 @@
 vLLM's prefix cache hits whole blocks only, so that every child of a path computes up to a block of it anew: on steps of
 16 tokens more than was generated. This connector hangs into vLLM's scheduler (in process, no worker half): it holds
 the half-filled blocks of paths that ended a step, finds them by what they hold, and has them copied where a child
-begins. Then a child computes one token: the last one, whose KV never existed. Knows nothing of requests and searches.
+begins. Then a child computes one token: the last one, whose KV never existed; and a judge that reads a path again when
+it has grown computes what is new. Knows nothing of requests and searches.
 Neighbour: `vllm_engine`, which puts it in its place.
 """
 
@@ -28,7 +29,7 @@ class KVTails(KVConnectorBase_V1):
         self.preempted = 0  # sequences whose KV vLLM threw away to make room, so far
         self._most = self._pool.num_gpu_blocks // SHARE
         self._tails: dict[Key, Any] = {}
-        self._found: dict[str, Any] = {}  # by request, between its look-up and its blocks
+        self._found: dict[str, tuple[Any, int]] = {}  # by request, between its look-up and its blocks: (block, place)
         self._copies: list[KVCacheBlockCopy] = []  # of the step that is being scheduled
         scheduler.connector = self
 
@@ -56,22 +57,26 @@ class KVTails(KVConnectorBase_V1):
         return False, None
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens beyond the whole blocks that the prefix cache has are in a tail: all but one, or none."""
-        known = request.num_tokens - 1
-        if not 0 < known - num_computed_tokens < self._block_size:
+        """How many tokens beyond the whole blocks that the prefix cache has are in a tail: the longest that fits.
+
+        The last token is computed in any case: what comes next is read from it.
+        """
+        whole = num_computed_tokens // self._block_size
+        if not self._tails or num_computed_tokens % self._block_size:
             return 0, False
-        key = self._key(request, known)
-        if (block := self._tails.pop(key, None)) is None:
-            return 0, False
-        self._tails[key] = block
-        self._found[request.request_id] = block
-        return known - num_computed_tokens, False
+        before, rest = self._key(request, min(request.num_tokens, (whole + 1) * self._block_size) - 1)
+        for length in range(len(rest), 0, -1):
+            key = before, rest[:length]
+            if (block := self._tails.pop(key, None)) is not None:
+                self._tails[key] = block
+                self._found[request.request_id] = block, whole
+                return length, False
+        return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        block = self._found.pop(request.request_id, None)
+        block, whole = self._found.pop(request.request_id, (None, 0))
         if num_external_tokens:
-            mine = blocks.get_block_ids()[0][(request.num_tokens - 1) // self._block_size]
-            self._copies.append(KVCacheBlockCopy(block.block_id, mine))
+            self._copies.append(KVCacheBlockCopy(block.block_id, blocks.get_block_ids()[0][whole]))
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._copies:

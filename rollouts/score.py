@@ -179,8 +179,12 @@ class ProcessModel:
         settings = Path(self.checkpoint) / "prm.json"
         mix = json.loads(settings.read_text()).get("mix", SIGN_ALONE) if settings.is_file() else SIGN_ALONE
         lowest: dict[tuple[int, ...], float] = {}  # an error is not mended by what follows
+        prompt: asyncio.Future[float] | None = None  # read before its first children, who would each read it at once
 
         async def score(path: Trajectory) -> float:
+            nonlocal prompt
+            prompt = prompt or asyncio.ensure_future(judge(Trajectory(path.prompt)))
+            await asyncio.shield(prompt)
             value, ids = await judge(path), path.prompt
             if any(mix[1:]):
                 drawn = path.steps[-1].logprobs[len(path.steps) > 1 :]

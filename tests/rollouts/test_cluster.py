@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import random
 import signal
 import time
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer, export, load, save
 from rollouts.cluster import Engines, cluster
 from rollouts.request import Placement
-from search.base import STEP, TOKENS, Sampling, Trajectory, derive
+from search.base import STEP, TOKENS, Sampling, Step, Trajectory, derive
 
 PLACEMENT = Placement(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25)
 
@@ -96,6 +98,22 @@ def test_children_compute_one_token_and_know_all_that_came_before(engines, check
         exact = law.gather(1, torch.tensor(last.ids)[:, None])[:, 0]
         assert torch.allclose(exact, torch.tensor(last.logprobs), atol=1e-4)
     assert engines.ledger.prefilled - before.prefilled == 16 * 4 + 3 * len(parents) + 2 * len(children)
+
+
+def test_a_path_that_was_read_before_and_has_grown_is_read_from_there(engines, checkpoint):
+    """As a process judge reads: the path so far, one token said of it, and again when the next step is there."""
+    model, noise = load(checkpoint), random.Random(0)
+    paths = [path for path in sample(engines, roots(8, seed=5), until=TOKENS(13)) if path.end is None]
+    assert sample(engines, paths, until=TOKENS(1))
+    before, added = replace(engines.ledger), 0
+    for path, length in product(paths, (1, 7, 14, 15, 16, 34)):  # up to, onto and over the end of a block
+        ids = tuple(noise.randrange(3, 20) for _ in range(length))
+        (said,) = sample(engines, [path.grow(Step(ids, (0.0,) * length, sampled=False))], until=TOKENS(1))
+        added += length
+        with torch.no_grad():
+            law = model(input_ids=torch.tensor([said.ids])).logits[0, -2].float().log_softmax(-1)
+        assert law[said.ids[-1]].item() == pytest.approx(said.steps[-1].logprobs[0], abs=1e-4)
+    assert engines.ledger.prefilled - before.prefilled == added
 
 
 def test_weights_pushed_in_flight_change_the_logprobs_and_every_token_names_its_version(engines, checkpoint):
