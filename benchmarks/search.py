@@ -151,7 +151,7 @@ def judge(tasks: int = 16) -> list[dict]:
             write_checkpoint(chain, Path(folder))
             made = [Engines.start(Path(folder), placement, Sampling(max_tokens=256), seed=s) for s in (1, 2)]
             try:
-                rows.append({"step": length} | asyncio.run(_judged(chain, *made, tasks)))
+                rows.append({"step": length} | asyncio.run(judged(chain, *made, tasks)))
             finally:
                 for engine in made:
                     engine.stop()
@@ -159,7 +159,7 @@ def judge(tasks: int = 16) -> list[dict]:
     return rows
 
 
-async def _judged(chain: Chain, writer, reader, tasks: int) -> dict:
+async def judged(chain: Chain, writer, reader, tasks: int) -> dict:
     from rollouts.score import ProcessModel, Question
 
     class Letters(ProcessModel):

@@ -244,3 +244,12 @@ def test_nothing_is_sampled_once_a_vote_is_decided(serve):
 
     decided = [tokens for cancelled, tokens in (asyncio.run(vote(seed)) for seed in range(6)) if cancelled]
     assert decided and max(decided) < 2000, decided  # a single path that is not stopped has 2,000
+
+
+def test_a_process_judge_reads_each_new_token_once(serve):
+    from benchmarks.search import judged, prose
+
+    chain = prose(step=1 / 7)
+    made = [serve(chain, max_model_len=512).at(max_tokens=256) for _ in range(2)]
+    found = asyncio.run(judged(chain, *made, tasks=8))
+    assert found["read/generated"] <= 1 + found["prompts/generated"] <= 1.15, found
