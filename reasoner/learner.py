@@ -135,7 +135,8 @@ class PolicyTrainer(GRPOTrainer):
         self._started = False
         self.reference: PreTrainedModel | None = None
         self.mtp = 0.0  # weight of the MTP modules' own loss
-        self._inputs: dict[str, Tensor] = {}  # of the piece of a batch now in work
+        self._pieces: list[dict[str, Tensor]] = []  # of the batch
+        self._inputs: dict[str, Tensor] = {}  # the piece now in work
         self._apart: list[tuple[Tensor, Tensor]] = []  # of each piece: nats between policy and sampler, tokens
         self.step_metrics: dict[str, float] = {}
 
@@ -193,8 +194,16 @@ class PolicyTrainer(GRPOTrainer):
             difference_BT, self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max
         )
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return self._tensors(self._next_batch())
+    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The piece of the batch whose turn it is.
+
+        TRL's own generates, and shuffles the rows before it cuts them into pieces. Here the samples of a question stay
+        together, because what they have in common is read once for each piece.
+        """
+        pieces = self.args.steps_per_generation
+        if self._step % pieces == 0:
+            self._pieces = _cut(self._tensors(self._next_batch()), pieces)
+        return self._pieces[self._step % pieces]
 
     def _next_batch(self) -> list[Sample]:
         try:
@@ -250,6 +259,11 @@ class PolicyTrainer(GRPOTrainer):
         batch = collate(samples, self._tokenizer.pad_token_id, rows=rows, config=self.model.config)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         return batch | {"num_items_in_batch": gather(batch["tool_mask"].sum()).sum()}
+
+
+def _cut(batch: dict[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+    rows = len(batch["completion_ids"]) // pieces
+    return [{name: t[i * rows :][:rows] if t.ndim else t for name, t in batch.items()} for i in range(pieces)]
 
 
 def _whole(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_a_step_reads_its_batch_once(tmp_path, micro_batches, model, sample, run
     batch = [sample("7", 0.5, model()), sample("9", -0.5, model())] * 2
     run(policy, [batch], tmp_path, micro_batches=micro_batches)
     assert sum(seen) == len(batch)
+
+
+def test_pieces_of_a_batch_keep_the_samples_of_a_question_together(tmp_path, model, sample, run):
+    """What the samples of a question begin with is read once in the step, though it is cut into pieces."""
+    policy, read = model(), []
+    first = [sample(answer, 0.5, policy) for answer in ("77", "78", "9", "99")]
+    policy.model.layers[0].register_forward_pre_hook(lambda module, given: read.append(len(given[0])))
+    other = [replace(s, ids=(s.ids[1], *s.ids[1:])) for s in first]  # another question
+    assert first[0].ids[0] != other[0].ids[0]
+    run(policy, [first + other], tmp_path, micro_batches=2)
+    beginnings = {s.ids[: i + 1] for s in first + other for i in range(len(s.ids))}
+    assert len(read) == 2 and sum(read) == len(beginnings)
 
 
 def test_advantages_act_per_token(tmp_path, model, sample, run):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+from transformers import Trainer
 from trl import GRPOTrainer
 
 import reasoner.learner  # noqa: F401 (first: it keeps TRL from importing vllm)
@@ -20,10 +21,12 @@ def test_learning_keeps_vllm_out_of_its_process():
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_one_method_makes_the_batch_of_a_generation():
+def test_one_method_hands_out_the_pieces_of_a_batch_in_their_turn():
     source = inspect.getsource(GRPOTrainer._prepare_inputs)
-    assert "self._generate_and_score_completions(generation_batch)" in source
-    assert "split_tensor_dict(generation_batch, self.args.steps_per_generation)" in source
+    assert "self._generate_and_score_completions(generation_batch)" in source  # ours takes the next one
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
+    assert "self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
+    assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step)
 
 
 def test_the_loss_takes_advantages_per_token_and_our_keys():
@@ -44,7 +47,7 @@ def test_we_override_these_three_methods_alone():
 
     own = {name for name in vars(PolicyTrainer) if hasattr(GRPOTrainer, name)}
     assert own - {"__module__", "__doc__", "__init__"} == {
-        "_generate_and_score_completions",
+        "_prepare_inputs",
         "_compute_loss",  # to know the experts of the rows in it
         "_get_per_token_logps_and_entropies",
     }
