@@ -76,13 +76,13 @@ CHAINS = [  # four or five lines of work, each of them right more often than not
     "tasks.heldout=100",
     "tasks.verifier=process_math",
     'policies={process_math={outcome={form="simplest"}}}',
-    "base={kind='warmup', steps=700, batch=24, lr=2.5e-3, blurt=0.0, haste=0.0, hidden=96, layers=3}",
+    "base={kind='warmup', steps=600, batch=24, lr=2.5e-3, blurt=0.0, haste=0.0, hidden=96, layers=3}",
     "engine.kind=local",
     "sampling.max_tokens=64",
     "evaluate={tasks=100, n=8, k=8}",
     "steps=60",
     "tasks_per_step=16",
-    "learner.lr=5e-4",
+    "learner.lr=3e-4",
     "checkpoint_every=1000",
 ]
 CREDIT = {"GRPO": ["credit.kind=grpo"], "process": ["credit.kind=process"]}

@@ -209,6 +209,28 @@ def test_steps_teach_where_outcomes_agree():
     assert assign(Process(), [Group(TASK, (clean, clean))], DECODE) == []
 
 
+def test_steps_point_the_way_more_surely_than_outcomes_where_few_paths_are_right():
+    """Four independent steps, each right with chance 1/2: 1 path in 16. Of a pair of paths, the mean of the gradient
+    along (1, 1, 1, 1) over its deviation, exactly."""
+
+    def path(right: tuple[int, ...]) -> Rollout:
+        lowest = tuple(float(all(right[: i + 1])) for i in range(4))
+        return told("\n".join(map(str, right)), float(all(right)), steps=lowest)
+
+    def sureness(rule) -> float:
+        slopes = []
+        for pair in itertools.product(itertools.product((0, 1), repeat=4), repeat=2):
+            drawn = [path(right) for right in pair]
+            slope = 0.0
+            for sample in assign(rule, [Group(TASK, tuple(drawn))], DECODE):
+                digits = [(int(c), a) for c, a in zip(sample.ids[1:], sample.advantages[1:], strict=True) if c != "\n"]
+                slope += sum(a * (digit - 0.5) for digit, a in digits)  # d log p / d logit = digit - p
+            slopes.append(slope)
+        return statistics.fmean(slopes) / statistics.pstdev(slopes)
+
+    assert sureness(Process()) > 3 * sureness(GRPO()) > 0
+
+
 @pytest.mark.parametrize(
     ("ids", "ends"),
     [
