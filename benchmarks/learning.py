@@ -5,8 +5,8 @@
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
-process  credit for steps against credit for outcomes where few paths are right as a whole: chains of five or six terms
-         and a base that works every line; the tokens that each needs for the accuracy that outcomes end with
+process  credit for steps against credit for outcomes where few paths are right as a whole: sums of four digits, from a
+         base that slips in two of five lines; the tokens that each needs for the accuracy that outcomes end with
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
 Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
@@ -33,12 +33,12 @@ from reasoner.config import load
 from reasoner.progress import Screen
 from reasoner.train import train
 from rollouts.journal import read
+from rollouts.tasks import Addition
 from search.metrics import interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
 CONFIG = HERE.parent / "configs" / "star.toml"
-CHAIN_CONFIG = HERE.parent / "configs" / "quickstart.toml"
 BUDGET = 100_000  # tokens generated in training
 
 TASK = [  # two-digit sums: the base guesses at most of them, works some, and makes a slip in every fifth line
@@ -71,20 +71,21 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
-CHAINS = [  # four or five lines of work, each of them right more often than not: few chains are right as a whole
-    "tasks.params={min_terms=5, max_terms=6, min_digits=1, max_digits=1}",
-    "tasks.heldout=100",
-    "tasks.verifier=process_math",
+LONG = [  # four lines of work, a slip in two of five: all are right in one path of ten
+    "tasks={kind='jsonl', path='{scratch}/train.jsonl', heldout_path='{scratch}/heldout.jsonl', "
+    "verifier='process_math'}",
     'policies={process_math={outcome={form="simplest"}}}',
-    "base={kind='warmup', steps=600, batch=24, lr=2.5e-3, blurt=0.0, haste=0.0, hidden=96, layers=3}",
-    "engine.kind=local",
-    "sampling.max_tokens=64",
+    "base={kind='scratchpad', hidden=64, steps=600, hinted=0.0, longer=0.9, guess=0.0, slip=0.4}",
+    "engine.max_model_len=96",
+    "sampling.max_tokens=60",
     "evaluate={tasks=100, n=8, k=8}",
+    "learner={lr=1.5e-4, lr_warmup=3}",
     "steps=60",
     "tasks_per_step=16",
-    "learner.lr=3e-4",
+    "search.n=8",
     "checkpoint_every=1000",
 ]
+DIGITS = 4  # of the sums of LONG
 CREDIT = {"GRPO": ["credit.kind=grpo"], "process": ["credit.kind=process"]}
 
 
@@ -105,13 +106,15 @@ def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
 
 
 def process(seeds: int, scratch: Path) -> dict[str, Any]:
-    """Both kinds of credit on the chains, as `methods` compares its methods."""
+    """Both kinds of credit on long sums, as `methods` compares its methods."""
+    write_long_sums(scratch)
     runs: dict[str, list[dict]] = {name: [] for name in CREDIT}
     for seed in range(seeds):
         for name, overrides in CREDIT.items():
-            found = measured(f"chains-{name}-{seed}", [*CHAINS, *overrides, f"seed={seed}"], scratch, CHAIN_CONFIG)
-            runs[name].append(found)
-            print(f"chains, {name}, seed {seed}: greedy {found['final']['greedy']:.1%}", flush=True)
+            runs[name].append(
+                measured(f"long-{name}-{seed}", [*long_sums(scratch), *overrides, f"seed={seed}"], scratch)
+            )
+            print(f"{name}, seed {seed}: greedy {runs[name][-1]['final']['greedy']:.1%}", flush=True)
     needed = reach(runs)
     shares = needed["process"]
     return {
@@ -122,7 +125,23 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
     }
 
 
-def measured(name: str, overrides: list[str], scratch: Path, config: Path = CONFIG) -> dict[str, Any]:
+def long_sums(scratch: Path) -> list[str]:
+    return [each.replace("{scratch}", str(scratch)) for each in LONG]
+
+
+def write_long_sums(scratch: Path) -> None:
+    """Sums of DIGITS digits; and, to train the base on, those of one digit."""
+    train, heldout = Addition(digits=DIGITS, train=12000, heldout=800).load()
+    for name, tasks, levels in (("train", train, (1, DIGITS)), ("heldout", heldout, (DIGITS,))):
+        rows = [
+            {"question": task.question, "answer": task.reference, **task.meta}
+            for task in tasks
+            if task.meta["level"] in levels
+        ]
+        (scratch / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
     """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds.
 
     What an interrupted benchmark has measured already is read from `scratch`.
@@ -132,7 +151,7 @@ def measured(name: str, overrides: list[str], scratch: Path, config: Path = CONF
         return json.loads(done.read_text())
     where = [f"name={name.replace(' ', '-')}", f"out={scratch}/runs", f"cache={scratch}/cache"]
     with (scratch / "log.txt").open("a") as log:
-        folder = train(load(config, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
+        folder = train(load(CONFIG, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {

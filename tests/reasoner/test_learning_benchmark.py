@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.learning import CHAIN_CONFIG, CHAINS, CONFIG, CREDIT, METHODS, TASK, reach, row, tokens_at
+from benchmarks.learning import (
+    CONFIG,
+    CREDIT,
+    DIGITS,
+    METHODS,
+    TASK,
+    long_sums,
+    reach,
+    row,
+    tokens_at,
+    write_long_sums,
+)
 from reasoner.config import load
 
 
@@ -27,9 +38,13 @@ def test_every_method_is_a_config_that_loads(name):
     assert load(CONFIG, [*TASK, *METHODS[name], "token_budget=1000"]).token_budget == 1000
 
 
-def test_outcomes_and_steps_are_compared_at_the_same_settings():
-    outcomes, steps = (load(CHAIN_CONFIG, [*CHAINS, *CREDIT[name]]) for name in ("GRPO", "process"))
+def test_outcomes_and_steps_are_compared_at_the_same_settings_on_long_sums(tmp_path):
+    write_long_sums(tmp_path)
+    outcomes, steps = (load(CONFIG, [*long_sums(tmp_path), *CREDIT[name]]) for name in ("GRPO", "process"))
     assert replace(outcomes, credit=steps.credit) == steps and outcomes.credit != steps.credit
+    train, heldout = steps.tasks.load()
+    assert {task.meta["level"] for task in train} == {1, DIGITS}
+    assert {task.meta["level"] for task in heldout} == {DIGITS} and len(heldout) >= steps.evaluate.tasks
 
 
 def test_a_level_is_reached_when_the_mean_of_a_window_is():
