@@ -105,7 +105,7 @@ async def labels(checkpoint: Path, tokenizer: Any, wrong: Sequence[Rollout], dec
             engine = LocalEngine(load(checkpoint, torch.float32), tokenizer, Sampling(max_tokens=72))
             work = (way(r, engine, partial(pool.verify, r.task), CONTINUATIONS, decode=decode) for r in wrong)
             values = await asyncio.gather(*work)
-            first = [next(i for i, v in enumerate(each) if v < 0.5) for each in values]
+            first = [next((i for i, v in enumerate(each) if v < 0.5), -1) for each in values]
             result[name] = {
                 "names_the_rules_step": round(sum(a == b for a, b in zip(first, rule, strict=True)) / len(wrong), 3),
                 "tokens_generated": engine.ledger.generated,
@@ -203,6 +203,8 @@ def main() -> None:
     result["training"] = {"paths": len(learned), **settings}
     if not args.prm:
         result["training"]["seconds"] = round(time.perf_counter() - start)
+    if args.out:
+        prm.save(args.out)
     places = [tokenised(row, tokenizer, "\n") for row in rows]
     result["generative"] = by_length(rows, prm.values(places), prm.settings.threshold) | asdict(prm.settings)
     print(json.dumps(result["generative"]), flush=True)
@@ -219,8 +221,6 @@ def main() -> None:
     groups = {name: [g for step, _, g in journal if step == at] for name, at in (("first step", 0), ("step 30", 30))}
     result["padding"] = padding(checkpoint, tokenizer, groups)
     result["tokens"] = asyncio.run(tokens(checkpoint, prm, groups, decode))
-    if args.out:
-        prm.save(args.out)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
