@@ -151,7 +151,8 @@ def head(turns: int) -> dict:
 
 
 def one_way(way: str) -> dict:
-    """Loss and gradient of a batch: seconds by the clock and of processor time (steadier), and MiB at the height beyond what the first forward pass needed."""
+    """Loss and gradient of a batch: seconds by the clock and of processor time, which is steadier, and MiB at the
+    height beyond what the first forward pass needed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
