@@ -162,14 +162,18 @@ def latent_decode(
     pages = table_BX.clamp(0, cache.shape[0] - 1).flatten()
     rows_BLD = wide(cache.index_select(0, pages)).view(batch, tokens, width)
     place_L = torch.arange(tokens, device=cache.device)
-    behind = (place_L >= lengths_B[:, None]).flatten().nonzero()[:, 0]
+    used_BL = place_L < lengths_B[:, None]
+    behind = (~used_BL).flatten().nonzero()[:, 0]
     rows_BLD.flatten(0, 1).index_fill_(0, behind, 0.0)  # what lies there may be anything
-    limit_BS = lengths_B[:, None] - queries + 1 + torch.arange(queries, device=cache.device)
-    seen_BQL = (place_L < limit_BS[..., None]).repeat_interleave(heads, dim=1)
+    seen_BQL = used_BL[:, None].expand(-1, heads, -1)
+    if queries > 1:
+        limit_BS = lengths_B[:, None] - queries + 1 + torch.arange(queries, device=cache.device)
+        seen_BQL = (place_L < limit_BS[..., None]).repeat_interleave(heads, dim=1)
     q_BQD = wide(q_BSND).flatten(1, 2)
     q, k, seen = (x[:, None] for x in (q_BQD, rows_BLD, seen_BQL))  # one head, which all queries share
     out_BQD = F.scaled_dot_product_attention(q, k, k, seen, scale=scale)[:, 0]
-    out_BQD = torch.where(seen_BQL.any(-1, keepdim=True), out_BQD, 0.0)
+    if int(lengths_B.min()) < queries:  # a query that sees nothing
+        out_BQD = torch.where(seen_BQL.any(-1, keepdim=True), out_BQD, 0.0)
     return out_BQD[..., :latent].unflatten(1, (queries, heads)).to(q_BSND.dtype)
 
 
