@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _told(error: Exception) -> str:
-    """What is missing and what works without, where a part of the stack is not installed."""
+    """One line. Where a part of the stack is not installed, what is missing and what works without."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     name = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
     if name not in ("ray", "vllm", "trl", "datasets"):
         return str(error)

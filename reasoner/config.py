@@ -236,6 +236,8 @@ def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> R
         tree = json.loads((folder / "config.json").read_text())
     except OSError:
         raise ConfigError(f"{folder} has no config.json: give the folder of a run, e.g. runs/quickstart") from None
+    except ValueError as error:
+        raise ConfigError(f"{folder}/config.json is damaged ({error}): restore it, or start the run anew") from None
     before = _build(Run, tree, "")
     if given is not None:
         now = load(given, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ def new_folder(folder: Path) -> Path:
         folder.rename(aside)
     folder.mkdir(parents=True)
     return folder
+
+
+def require_room_for(folder: Path, key: str) -> None:
+    """Raise ValueError, before anything is computed, when `folder` is in use or cannot be made. key: of the config."""
+    if (folder / "lock").exists():
+        with checkpoints.lock(folder):
+            pass
+    ground = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=ground):
+            pass
+    except OSError as error:
+        raise ValueError(f"{key}: no folder can be made in {ground} ({error.strerror}): give another one") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -27,7 +27,7 @@ from reasoner.credit import Process, assign
 from reasoner.curriculum import Pools
 from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import evaluate, require_steps, table
-from reasoner.folder import new_folder, versions, write_json
+from reasoner.folder import new_folder, require_room_for, versions, write_json
 from reasoner.progress import Clock, PeakMemory, Screen, step_line
 from reasoner.star import Star, VStar
 from rollouts.base import Group
@@ -152,6 +152,10 @@ def open_stage(
     resume: Path | None = None,
 ) -> tuple[Stage, Start]:
     """Base model, engines, verifier pool and the run's folder, all closed by `stack`; and where training begins."""
+    if not resume:
+        require_room_for(Path(run.out) / run.name, "out")
+    if hasattr(run.base, "steps") and not Path(run.cache).exists():  # a base that is made and not just read
+        require_room_for(Path(run.cache) / "model", "cache")
     learned, position, trainer = next(checkpoints.newest(resume), NOTHING) if resume else NOTHING
     if Path(position.base, "config.json").is_file():
         checkpoint = Path(position.base)  # of the interrupted run, though the code that made it may have changed

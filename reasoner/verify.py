@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     sys.path[:0] = [] if "" in sys.path or str(Path.cwd()) in sys.path else [str(Path.cwd())]  # for --load
     for module in args.load:
-        importlib.import_module(module)
+        importlib.import_module(module.removesuffix(".py"))
     policy = dict(_setting(text) for text in args.policy)
     if args.selftest:
         rows = _read(args.file) if args.file else []

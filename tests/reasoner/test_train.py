@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from reasoner import checkpoints
 from reasoner.__main__ import main
 from rollouts.journal import read
 
@@ -153,6 +154,8 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["--policies.code.credit=tests"], "policies.code"),
         (["--search.kind=best_of"], "score"),
         (["--ray=127.0.0.1:1", "--engine.kind=vllm"], "ray start --head"),
+        (["--out=/dev/null/runs"], "out: no folder can be made in /dev/null"),
+        (["--cache=/proc/cache"], "cache: no folder can be made in /proc"),
     ],
 )
 def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(tmp_path, capsys, arguments, message):
@@ -166,6 +169,15 @@ def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(tmp_path, caps
     error = capsys.readouterr().err
     assert code == 2 and message in error and "Traceback" not in error, error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_computed(tmp_path, capsys):
+    (tmp_path / "quickstart").mkdir()
+    with checkpoints.lock(tmp_path / "quickstart"):
+        assert main(["train", str(CONFIG), *SMALL, f"--out={tmp_path}", f"--cache={tmp_path}/cache"]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to a run that is going on" in error and "warm-up" not in error
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_reference_that_the_verifier_cannot_read_names_its_task(tmp_path, capsys):
