@@ -280,6 +280,7 @@ class _Remote:
         self._calls: dict[int, asyncio.Queue[Replies | Exception]] = {}  # under way, by number
         self._numbers = itertools.count()
         self._listener: asyncio.Task[None] | None = None
+        self._end: Exception | None = None  # why nothing is told any more
 
     async def call(self, method: str, *args: Any) -> Any:
         try:
@@ -288,6 +289,8 @@ class _Remote:
             raise _told(error) from error
 
     async def extend(self, requests: list[Request]) -> AsyncIterator[Replies]:
+        if self._end is not None:
+            raise self._end
         number = next(self._numbers)
         self._calls[number] = told = asyncio.Queue()
         if self._listener is None:
@@ -311,9 +314,10 @@ class _Remote:
                 for number, told in await batch:
                     if number in self._calls:
                         self._calls[number].put_nowait(told)
-        except ray.exceptions.RayError as error:
+        except Exception as error:
+            self._end = _told(error) if isinstance(error, ray.exceptions.RayError) else error
             for told in self._calls.values():
-                told.put_nowait(_told(error))
+                told.put_nowait(self._end)
 
     def kill(self) -> None:
         if self._listener is not None:
