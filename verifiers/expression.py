@@ -13,7 +13,7 @@ A tree is a tuple whose first entry names its kind:
     ("pct", a)  ("deg", a)  ("unit", a, unit)  ("based", digits, base)  ("ratio", *t)
     ("tuple", *t)  ("bracket", *t)  ("set", *t)  ("list", *t)  ("interval", lo, hi, lo_closed, hi_closed)
     ("union", *t)  ("meet", *t)  ("minus", a, b)  ("matrix", rows)  ("rel", operators, *t)  ("reals",)  ("empty",)
-    ("both", *t)                    inequalities joined by "and" alone; other neighbours are a "list"
+    ("both", *t)  ("either", *t)    inequalities joined by "and", by "or"; any other neighbours are a "list"
 """
 
 from __future__ import annotations
@@ -286,8 +286,9 @@ class _Reader:
             items.append(self.statement())
         if len(items) == 1:
             return items[0]
-        together = words == {"and"} and all(item[0] == "rel" and item[1] != ("=",) for item in items)
-        return ("both" if together else "list", *items)
+        if len(words) == 1 and all(item[0] == "rel" and item[1] != ("=",) for item in items):
+            return ({"and": "both", "or": "either"}.get(words.pop(), "list"), *items)
+        return ("list", *items)
 
     def separator(self) -> str:
         """The separator here as its word, a sign as itself; "" when there is none."""

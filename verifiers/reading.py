@@ -18,7 +18,8 @@ _WRAP = re.compile(
 )
 _LEAD = re.compile(
     r"^(?:(?:therefore|thus|hence|so|then)[,:]?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|"
-    r"right)\s+)?(?:answer|ans|result|solution|option|choice|value)s?\b(?:\s+of\s+[^=\n]{1,40}?(?=\s+(?:is|are|equals)"
+    r"right)\s+)?(?:answer|ans|result|solution|option|choice|value|probability|total|sum|product|number|area|"
+    r"volume|perimeter|length|distance|ratio|remainder|difference|average|mean|maximum|minimum|cost|price)s?\b(?:\s+of\s+[^=\n]{1,40}?(?=\s+(?:is|are|equals)"
     r"\b))?\s*(?:(?:is|are|equals|:|=)\s*)*"
     r"|^(?:approximately|approx\.?|about|roughly|exactly|simply|just|given by|equal to|"
     r"(?:so|then|therefore|thus|hence|(?:we|i) (?:get|got|have|find|found|obtain)|it is|it's|that is|i\.e\.)[,:]?)\s+",

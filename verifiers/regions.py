@@ -47,7 +47,7 @@ def region(tree: Tree) -> list[Piece]:
         return _interval(tree[1], tree[2], kind == "bracket", kind == "bracket")
     if kind == "set":
         return union(*([Piece(point, point, True, True)] for point in tree[1:]))
-    if kind == "union":
+    if kind in ("union", "either"):
         return union(*(region(part) for part in tree[1:]))
     if kind == "meet":
         return meet(region(tree[1]), region(tree[2]))

@@ -37,7 +37,7 @@ def settle(tree: Tree, same: Same) -> Tree:
         return _settled_relation(tree, same)
     if kind == "list":
         return _settled_list(tree, same)
-    if kind == "both":
+    if kind in ("both", "either"):
         return _relations(tree)
     if kind == "unit":
         return _settled_unit(tree)
@@ -179,7 +179,7 @@ def _settled_list(tree: Tree, same: Same) -> Tree:
 
 
 def _relations(tree: Tree) -> Tree:
-    """Relations side by side ("list") or joined by "and" ("both") as the set that they describe, where they do."""
+    """Relations side by side ("list"), joined by "and" ("both") or by "or" ("either"), as the set they describe."""
     try:
         pieces = region(tree)
     except NoRegion:

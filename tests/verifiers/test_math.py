@@ -23,6 +23,8 @@ def judge(gold, response, **policy):
 
 
 DIFFERENT = table(r"""
+-2\le x\le 5 || x\ge-2\text{ or }x\le5
+\mathbb{R} || x\ge-2\text{ and }x\le5
 0 || \infty-\infty
 0 || 0\cdot\infty
 1 || \frac{\infty}{\infty}
@@ -741,6 +743,8 @@ y=2x || \boxed{2x=2x}
 """)
 
 RESPONSES = table(r"""
+7/12 || The probability is 7/12.
+12 || The number of apples is 12.
 42 || The answer is 42, not 41.
 42 || The answer is forty-two.
 42 || The answer is "42".
