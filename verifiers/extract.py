@@ -22,9 +22,7 @@ _CUE = re.compile(
     r"must\s+be|would\s+be)\b\s*:?|:|=|：)[*_]*[ \t]*|答案\s*(?:是|为|：|:)+\s*",
     re.IGNORECASE,
 )
-_RESULT = re.compile(
-    r"\b(?:result|solution|value|probability|total|sum|number)s?\s+(?:is|are|equals)\b\s*:?\s*", re.IGNORECASE
-)
+_RESULT = re.compile(r"\b(?:result|solution|value)s?\s+(?:is|are|equals)\b\s*:?\s*", re.IGNORECASE)
 _REVISED = re.compile(
     r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I
 )
