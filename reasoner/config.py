@@ -369,32 +369,13 @@ def _dot(where: str, key: str) -> str:
 
 def _cross_check(run: Run) -> None:
     """Values that are each fine and cannot both be meant. Messages give both, and the remedy."""
+    _check_least(run)
     sampling, engine, evaluate, learner = run.sampling, run.engine, run.evaluate, run.learner
-    positive = {
-        "steps": run.steps + 1,  # 0 steps evaluates the base alone
-        "max_lag": run.max_lag + 1,
-        "tasks_per_step": run.tasks_per_step,
-        "verifier_workers": run.verifier_workers,
-        "checkpoint_every": run.checkpoint_every,
-        "engine.count": engine.count,
-        "sampling.max_tokens": sampling.max_tokens,
-        "evaluate.tasks": evaluate.tasks,
-        "evaluate.k": evaluate.k,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            least = 0 if key in ("steps", "max_lag") else 1
-            raise ConfigError(f"{key} = {value - 1 + least} is too small: give at least {least}")
-    for key in ("verify_timeout", "rollout_timeout"):
-        if getattr(run, key) <= 0:
-            raise ConfigError(f"{key} = {getattr(run, key)} must be positive seconds")
     if run.length.overlong >= sampling.max_tokens:
         raise ConfigError(
             f"length.overlong = {run.length.overlong} leaves nothing unpunished of sampling.max_tokens = "
             f"{sampling.max_tokens}: lower it"
         )
-    if run.resample < 0:
-        raise ConfigError(f"resample = {run.resample} is a number of rounds: give 0 or more")
     if evaluate.k > evaluate.n:
         raise ConfigError(f"evaluate.k = {evaluate.k} exceeds evaluate.n = {evaluate.n}: raise n or lower k")
     if sampling.max_tokens >= engine.max_model_len:
@@ -437,20 +418,29 @@ def _cross_check(run: Run) -> None:
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"name = {run.name!r} names a folder under {run.out}/: use letters, digits, - and _")
     _check_policies(run.policies)
-    _check_signs(run)
 
 
-def _check_signs(run: Run) -> None:
-    """No key of ours has a meaning below 0; tasks and verifiers read their own."""
-    for key in ("base.batch", "base.hidden", "base.layers", "base.expert_width", "engine.max_num_seqs"):
-        table, name = key.split(".")
-        if getattr(getattr(run, table), name, 1) < 1:
-            raise ConfigError(f"{key} = {getattr(getattr(run, table), name)} is too small: give at least 1")
+def _check_least(run: Run) -> None:
+    """Each number for itself. No key of ours has a meaning below 0; tasks and verifiers read their own."""
+    least = {"steps": 0, "max_lag": 0}  # 0 steps evaluates the base alone
+    for key in (
+        *least, "tasks_per_step", "verifier_workers", "checkpoint_every", "engine.count", "engine.max_num_seqs",
+        "sampling.max_tokens", "evaluate.tasks", "evaluate.k", "base.batch", "base.hidden", "base.layers",
+        "base.expert_width",
+    ):  # fmt: skip
+        table, _, name = key.rpartition(".")
+        value = getattr(getattr(run, table) if table else run, name, 1)
+        if value < least.get(key, 1):
+            raise ConfigError(f"{key} = {value} is too small: give at least {least.get(key, 1)}")
+    for key in ("verify_timeout", "rollout_timeout"):
+        if getattr(run, key) <= 0:
+            raise ConfigError(f"{key} = {getattr(run, key)} must be positive seconds")
     for name in ("blurt", "haste", "hinted", "longer", "guess", "slip"):
         if not 0 <= getattr(run.base, name, 0) <= 1:
             raise ConfigError(f"base.{name} = {getattr(run.base, name)} is a share: give a number between 0 and 1")
+    signed = ("tasks.", "policies.", "sampling.temperature", "sampling.top_p")  # these have words of their own
     for key, value in _flat(to_dict(run)).items():
-        if isinstance(value, int | float) and value < 0 and not key.startswith(("tasks.", "policies.")):
+        if isinstance(value, int | float) and value < 0 and not key.startswith(signed):
             raise ConfigError(f"{key} = {value} must not be negative")
 
 
@@ -491,9 +481,6 @@ def _check_policy(run: Run, learner: Learner) -> None:
             f"learner.router_replay = true with engine.kind = {run.engine.kind!r}, which records no experts: use "
             "engine.kind = 'paged', or leave it out"
         )
-    for key in ("kl", "lora", "mtp"):
-        if getattr(learner, key) < 0:
-            raise ConfigError(f"learner.{key} = {getattr(learner, key)} must not be negative: 0 switches it off")
     needs = {"luspo": "sequence", "grpo": learner.ratio, "sapo": learner.ratio}.get(learner.loss, "token")
     if learner.loss in LOSSES and learner.ratio != needs:
         raise ConfigError(
