@@ -23,6 +23,7 @@ SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_mu
 
 # Architectures of transformers that take any attention mask: whom each token sees, in four dimensions.
 TREES = ("llama", "mistral", "qwen2", "qwen3")
+CELLS = 1 << 26  # rows x columns x columns of a batch at most: building its trees takes ten bytes of each
 
 
 def is_plain(model: Any) -> bool:
@@ -50,9 +51,9 @@ def token_logprobs(
 
     experts: (B, L, layers, K) recorded ids for our own model to use instead of choosing, negative: choose.
     """
-    if experts is None and _reads_trees(model):
+    if experts is None and _reads_trees(model) and ids_BL.numel() * ids_BL.shape[1] <= CELLS:
         layout = tree(ids_BL, mask_BL, ids_BL.shape[1] - kept)
-        if layout is not None and layout.sequences * layout.width < ids_BL.numel():
+        if layout is not None and _pays(layout, ids_BL, mask_BL):
             return _of_trees(model, ids_BL, mask_BL, kept, temperature, layout)
     return _by_length(model, ids_BL, mask_BL, kept, temperature, experts)
 
@@ -61,6 +62,11 @@ def _reads_trees(model: Any) -> bool:
     config = model.config
     plain = config.model_type in TREES and config._attn_implementation == "sdpa"
     return isinstance(model, ReasonerForCausalLM) or (plain and not getattr(config, "sliding_window", None))
+
+
+def _pays(layout: Layout, ids_BL: Tensor, mask_BL: Tensor) -> bool:
+    """Whether a tenth of the tokens is saved: trees need a mask, without one attention is faster."""
+    return 10 * len(layout.slots_T) <= 9 * int(mask_BL.sum()) and layout.sequences * layout.width < ids_BL.numel()
 
 
 def _of_trees(

@@ -178,6 +178,20 @@ def test_trees_that_would_be_too_wide_are_read_row_by_row(monkeypatch):
     assert read == mask.sum()
 
 
+def test_batches_that_have_little_in_common_or_are_large_are_read_row_by_row(monkeypatch):
+    model, (ids, mask, kept) = ours(), branching()
+    read = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, given: read.append(len(given[0])))
+    apart = torch.arange(3, 3 + 12).expand(3, -1).clone()
+    apart[:, 0] = torch.tensor([3, 4, 5])
+    token_logprobs(model, apart, torch.ones_like(apart), 4)
+    monkeypatch.setattr("reasoner.logprobs.CELLS", ids.numel() * ids.shape[1] - 1)
+    token_logprobs(model, ids, mask, kept)
+    monkeypatch.setattr("reasoner.logprobs.CELLS", ids.numel() * ids.shape[1])
+    token_logprobs(model, ids, mask, kept)
+    assert read[:2] == [apart.numel(), mask.sum()] and read[2] < read[1]
+
+
 @pytest.mark.parametrize("make", [ours, llama])
 def test_rows_read_by_their_lengths_come_back_in_their_order(make, monkeypatch):
     monkeypatch.setattr("reasoner.model.layout.WIDEST", 0)
