@@ -172,7 +172,7 @@ def latent_decode(
     q_BQD = wide(q_BSND).flatten(1, 2)
     q, k, seen = (x[:, None] for x in (q_BQD, rows_BLD, seen_BQL))  # one head, which all queries share
     out_BQD = F.scaled_dot_product_attention(q, k, k, seen, scale=scale)[:, 0]
-    if int(lengths_B.min()) < queries:  # a query that sees nothing
+    if batch and int(lengths_B.min()) < queries:  # a query that sees nothing
         out_BQD = torch.where(seen_BQL.any(-1, keepdim=True), out_BQD, 0.0)
     return out_BQD[..., :latent].unflatten(1, (queries, heads)).to(q_BSND.dtype)
 
