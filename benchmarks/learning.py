@@ -5,8 +5,8 @@
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
-process  credit for steps against credit for outcomes where few paths are right as a whole: sums of four digits, from a
-         base that slips in two of five lines; the tokens that each needs for the accuracy that outcomes end with
+process  credit for steps against credit for outcomes where few paths are right as a whole: sums of six digits, from
+         a base that slips in two of five lines; the tokens that each needs for the accuracy that outcomes end with
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
 Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
@@ -71,13 +71,12 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
-LONG = [  # four lines of work, a slip in two of five: all are right in one path of ten
+LONG = [  # six lines of work, a slip in two of five: few paths are right as a whole
     "tasks={kind='jsonl', path='{scratch}/train.jsonl', heldout_path='{scratch}/heldout.jsonl', "
     "verifier='process_math'}",
     'policies={process_math={outcome={form="simplest"}}}',
-    "base={kind='scratchpad', hidden=64, steps=600, hinted=0.0, longer=0.9, guess=0.0, slip=0.4}",
-    "engine.max_model_len=96",
-    "sampling.max_tokens=60",
+    "engine.max_model_len=128",
+    "sampling.max_tokens=84",
     "evaluate={tasks=100, n=8, k=8}",
     "learner={lr=1.5e-4, lr_warmup=3}",
     "steps=60",
@@ -85,8 +84,13 @@ LONG = [  # four lines of work, a slip in two of five: all are right in one path
     "search.n=8",
     "checkpoint_every=1000",
 ]
-DIGITS = 4  # of the sums of LONG
-CREDIT = {"GRPO": ["credit.kind=grpo"], "process": ["credit.kind=process"]}
+LONG_BASE = "base={kind='scratchpad', hidden=64, steps=500, batch=32, hinted=0.0, longer=0.9, guess=0.0, slip=0.4}"
+DIGITS = 6  # of the sums of LONG
+CREDIT = {
+    "GRPO": ["credit.kind=grpo"],
+    "process": ["credit.kind=process"],
+    "process, forecast": ["credit.kind=process", "credit.forecast=true"],
+}
 
 
 def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
@@ -106,22 +110,26 @@ def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
 
 
 def process(seeds: int, scratch: Path) -> dict[str, Any]:
-    """Both kinds of credit on long sums, as `methods` compares its methods."""
+    """Kinds of credit on long sums, all from one base; seeds differ in the tasks drawn and in the paths."""
     write_long_sums(scratch)
+    asked = load(CONFIG, [*long_sums(scratch), LONG_BASE])
+    base = asked.base.prepare(asked.tasks.load()[0], scratch / "cache", 0, lambda *_: None)
     runs: dict[str, list[dict]] = {name: [] for name in CREDIT}
     for seed in range(seeds):
-        for name, overrides in CREDIT.items():
-            runs[name].append(
-                measured(f"long-{name}-{seed}", [*long_sums(scratch), *overrides, f"seed={seed}"], scratch)
-            )
+        for name, credit in CREDIT.items():
+            overrides = [*long_sums(scratch), f"base={{kind='pretrained', path='{base}'}}", *credit, f"seed={seed}"]
+            runs[name].append(measured(f"long-{name}-{seed}", overrides, scratch))
             print(f"{name}, seed {seed}: greedy {runs[name][-1]['final']['greedy']:.1%}", flush=True)
     needed = reach(runs)
-    shares = needed["process"]
     return {
         "seeds": list(range(seeds)),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
-        "mean share": asdict(interval(shares, unit=False)) if len(shares) > 1 and None not in shares else None,
+        "mean share": {
+            name: asdict(interval(shares, unit=False))
+            for name, shares in needed.items()
+            if len(shares) > 1 and None not in shares
+        },
     }
 
 

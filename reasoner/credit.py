@@ -193,11 +193,16 @@ class Process:
     step it is the outcome; before the first it is the group's mean outcome. So the gains of a path sum to what GRPO
     gives it, and stand at the steps that earned it. A group whose outcomes agree still teaches where its steps do not.
 
+    forecast: a path without an error so far is worth less the more steps it still has to go: each goes right with the
+        chance that the group's steps had. Without it what is learned from a step is its own error alone, and the first
+        steps, which all paths reach without one, take most of it.
+
     The step scores are the verdicts' (`tasks.verifier = "process_math"`), or a process reward model's.
     """
 
     delimiter: str = "\n"  # ends a step: the verifier's
     prm: str = ""  # folder of a process reward model (`reasoner prm train`); "": the verifier's own step scores
+    forecast: bool = False
     decode: Decode | None = None  # bound by `assign`
 
     def check(self, verifiers: Collection[str]) -> None:
@@ -215,8 +220,11 @@ class Process:
         if not judged:
             return []
         before, samples = statistics.fmean(scores), []
-        for rollout, score in zip(judged, scores, strict=True):
-            values = [before, *lowest_so_far(_step_scores(rollout))[:-1], score]
+        lows = [lowest_so_far(_step_scores(rollout)) for rollout in judged]
+        chance = survival(lows) if self.forecast else 1.0
+        for rollout, score, low in zip(judged, scores, lows, strict=True):
+            expected = [value * chance**left for left, value in enumerate(reversed(low))][::-1]
+            values = [before, *expected[:-1], score]
             ends = step_ends(rollout.trajectory, self.delimiter, self.decode)
             if len(ends) != len(values) - 1:
                 raise ValueError(
@@ -232,6 +240,13 @@ class Process:
 def lowest_so_far(scores: Sequence[float]) -> list[float]:
     """An error is not mended by what follows."""
     return list(accumulate(scores, min))
+
+
+def survival(lows: Sequence[Sequence[float]]) -> float:
+    """The chance that a step goes right after steps that did: of all steps of a group, each `low` a path's lowest step
+    score so far."""
+    begun = math.fsum(math.fsum([1.0, *low[:-1]]) for low in lows if low)
+    return math.fsum(math.fsum(low) for low in lows) / begun if begun else 1.0
 
 
 def _step_scores(rollout: Rollout) -> tuple[float, ...]:

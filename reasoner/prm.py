@@ -36,7 +36,7 @@ from rollouts.score import SIGN_ALONE, ProcessModel, mixed, odds
 
 ROWS = 128  # paths of one forward pass
 YES, NO = ProcessModel.yes, ProcessModel.no
-JUDGED_FIRST = 10  # of so many questions one trains nothing and sets `Settings.mix`
+HELD_BACK = 10  # of so many questions one trains nothing: `Prm.calibrated` is for it
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,23 @@ class Prm:
         regression), and the threshold that names their first wrong steps best. Solutions of one step are left out
         where others are given; itself where the rows have but one kind of step."""
         rows = [row for row in rows if len(row["ends"]) > 1] or rows
+        before = self.tokens
         paths = [tokenised(row, self.tokenizer, self.settings.delimiter) for row in rows]
         told = [
             (sign, odds(math.exp(least)), 1.0, value >= 0.5)
             for row, evidence in zip(rows, self._read(paths), strict=True)
             for (sign, least), value in zip(evidence, until_wrong(row["values"]), strict=False)
         ]
+        self.tokens = before
         if len({right for *_, right in told}) < 2:
             return self
         told_N4 = torch.tensor(told, dtype=torch.float64)
-        fitted = replace(self, settings=replace(self.settings, mix=logistic(told_N4[:, :3], told_N4[:, 3])))
+        mix = logistic(told_N4[:, :3], told_N4[:, 3])
+        fitted = replace(self, settings=replace(self.settings, mix=mix))
         values = fitted.values(paths)
         choices = [step / 40 for step in range(4, 37)]  # the one nearest to 1/2 of those that are best
         best = max(choices, key=lambda t: (measured(rows, values, t)["f1"], -abs(t - 0.5)))
-        return replace(fitted, settings=replace(fitted.settings, threshold=best))
+        return replace(fitted, settings=replace(fitted.settings, threshold=best), tokens=self.tokens)
 
     @torch.inference_mode()
     def _batch(self, batch: Sequence[tuple[tuple[int, ...], int, tuple[int, ...]]]) -> list[list[Any]]:
@@ -182,7 +185,7 @@ def train(
 
     model, tokenizer = load(base, torch.float32), AutoTokenizer.from_pretrained(base)
     noise = torch.Generator().manual_seed(seed)
-    kept = set(sorted({row["problem"] for row in rows})[JUDGED_FIRST - 1 :: JUDGED_FIRST])
+    kept = set(sorted({row["problem"] for row in rows})[HELD_BACK - 1 :: HELD_BACK])
     learned = [row for row in rows if row["problem"] not in kept]
     distinct = {(tuple(r["ids"]), r["prompt"], tuple(r["ends"]), tuple(r["values"])) for r in learned}
     taught = [_taught(path, signs(tokenizer), noise) for path in sorted(distinct)]

@@ -200,6 +200,15 @@ def test_a_step_earns_what_it_changes():
         assert sum(sample.advantages[i] for i in firsts) == pytest.approx(score - mean)
 
 
+def test_with_a_forecast_a_path_is_worth_what_its_last_steps_leave_of_it():
+    """Of 5 steps after right ones 4 went right: two steps from the end a path without an error is worth 0.8 squared."""
+    right = told("3+4=7\n7+5=12\nAnswer: 12", 1.0, steps=(1.0, 1.0, 1.0))
+    wrong = told("3+4=7\n7+5=13\nAnswer: 13", 0.0, steps=(1.0, 0.0, 1.0))
+    samples = assign(Process(forecast=True), [Group(TASK, (right, wrong))], DECODE)
+    assert samples[0].advantages[1:] == pytest.approx([0.64 - 0.5] * 6 + [0.8 - 0.64] * 7 + [0.2] * 10)
+    assert samples[1].advantages[1:] == pytest.approx([0.64 - 0.5] * 6 + [-0.64] * 7 + [0.0] * 10)
+
+
 def test_steps_teach_where_outcomes_agree():
     late = told("3+4=7\n7+5=13\nAnswer: 13", 0.0, steps=(1.0, 0.0, 1.0))
     blurt = told("Answer: 9", 0.0, steps=(1.0,))

@@ -40,8 +40,9 @@ def test_every_method_is_a_config_that_loads(name):
 
 def test_outcomes_and_steps_are_compared_at_the_same_settings_on_long_sums(tmp_path):
     write_long_sums(tmp_path)
-    outcomes, steps = (load(CONFIG, [*long_sums(tmp_path), *CREDIT[name]]) for name in ("GRPO", "process"))
+    outcomes, steps, forecast = (load(CONFIG, [*long_sums(tmp_path), *CREDIT[name]]) for name in CREDIT)
     assert replace(outcomes, credit=steps.credit) == steps and outcomes.credit != steps.credit
+    assert replace(steps, credit=forecast.credit) == forecast and forecast.credit.forecast and not steps.credit.forecast
     train, heldout = steps.tasks.load()
     assert {task.meta["level"] for task in train} == {1, DIGITS}
     assert {task.meta["level"] for task in heldout} == {DIGITS} and len(heldout) >= steps.evaluate.tasks
