@@ -2,7 +2,8 @@
 
     reasoner search configs/search.toml --name=search-base
     reasoner search configs/search.toml --name=search-trained --budget=1400 --checkpoint=runs/quickstart/checkpoint
-    python -m benchmarks.search_methods runs/search-base runs/search-trained
+    reasoner search configs/search_deep.toml --name=search-deep
+    python -m benchmarks.search_methods runs/search-base runs/search-trained runs/search-deep
 
 Reads what `reasoner search` wrote and computes one thing more: the fewest samples whose max-marginal answer is as
 accurate as the majority of 40.
@@ -60,7 +61,7 @@ def table(run: dict[str, Any]) -> str:
 def main() -> None:
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    runs = {}
+    runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # those that are not named stay as they are
     for folder in map(Path, sys.argv[1:]):
         run = runs[folder.name] = gathered(folder)
         print(f"\n{folder.name}: {run['tasks']} tasks, budget {run['budget']}\n{table(run)}")

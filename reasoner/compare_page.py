@@ -309,6 +309,7 @@ STYLE = """
 .dot { fill:var(--c) }
 .chart text.below { text-anchor:middle }
 .curves .chart { margin-bottom:1.6rem }
+.curves figcaption span { display:inline-block }
 .wide { overflow-x:auto }
 .side { font-size:.9rem }
 .side thead th { font-size:.8rem; font-weight:500; color:var(--soft) }
