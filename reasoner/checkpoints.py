@@ -97,12 +97,17 @@ def _steps(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Iterator[tuple[Path, Position, Mapping[str, Any]]]:
     """(folder, position, the trainer's state) of every checkpoint that can be read, newest first."""
     import torch
+    from safetensors import SafetensorError, safe_open
 
+    broken = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
     for path in _steps(folder):
         try:
             state = json.loads((path / "state.json").read_text())
             trainer = torch.load(path / "trainer.pt", weights_only=False)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # whatever the disk made of it
+            for weights in path.glob("*.safetensors"):
+                with safe_open(weights, "pt"):  # reads no tensor; a file that was cut short is found out
+                    pass
+        except broken:  # whatever the disk made of it
             continue
         ledger = state.pop("ledger")
         ledger["open"] = {int(ticket): place for ticket, place in ledger["open"].items()}

@@ -107,10 +107,11 @@ def test_what_the_journal_has_is_not_rolled_out_again(tmp_path, cache):
     assert [t for t in tickets if t is not None] == list(range(24))
 
 
-def test_a_checkpoint_that_does_not_load_has_one_before_it(tmp_path, cache, undisturbed):
+@pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors"])
+def test_a_checkpoint_that_does_not_load_has_one_before_it(tmp_path, cache, undisturbed, file):
     run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
-    (run / "checkpoints" / "step-4" / "trainer.pt").write_bytes(b"PK")
+    os.truncate(run / "checkpoints" / "step-4" / file, 500)
     assert go_on(run) == 0
     assert same(run, undisturbed)
 
