@@ -1,12 +1,13 @@
 """What each way of learning makes of the same generated tokens; writes benchmarks/results/learning.json.
 
-    python -m benchmarks.learning [methods] [star] [process] [--seeds 3]     make bench-learning, FULL=1 for three seeds
+    python -m benchmarks.learning [PART ...] [--seeds 3]       make bench-learning, FULL=1 for three seeds
 
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
-process  credit for steps against credit for outcomes where few paths are right as a whole: sums of six digits, from
-         a base that slips in two of five lines; the tokens that each needs for the accuracy that outcomes end with
+process  credit for steps against credit for outcomes where few paths are right as a whole: sums of four digits, from
+         a base that slips in three of five lines; the tokens that each needs for the accuracy that outcomes end with
+table    the same rules on a policy that is a table of chances, where no model stands between a rule and what it does
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
 Intervals are of 95%, over the held-out tasks, each with its mean over the seeds.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,14 +29,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from rich.console import Console
 
 from reasoner.config import load
+from reasoner.credit import GRPO, Credit, Process, assign
 from reasoner.progress import Screen
 from reasoner.train import train
+from rollouts.base import Group, Rollout
 from rollouts.journal import read
 from rollouts.tasks import Addition
+from search.base import Step, Trajectory
 from search.metrics import interval
+from verifiers.base import Task, Verdict
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
@@ -71,12 +79,12 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
-LONG = [  # six lines of work, a slip in two of five: few paths are right as a whole
+LONG = [  # four lines of work, a slip in three of five: few paths are right as a whole
     "tasks={kind='jsonl', path='{scratch}/train.jsonl', heldout_path='{scratch}/heldout.jsonl', "
     "verifier='process_math'}",
     'policies={process_math={outcome={form="simplest"}}}',
-    "engine.max_model_len=128",
-    "sampling.max_tokens=84",
+    "engine.max_model_len=96",
+    "sampling.max_tokens=60",
     "evaluate={tasks=100, n=8, k=8}",
     "learner={lr=1.5e-4, lr_warmup=3}",
     "steps=60",
@@ -84,13 +92,15 @@ LONG = [  # six lines of work, a slip in two of five: few paths are right as a w
     "search.n=8",
     "checkpoint_every=1000",
 ]
-LONG_BASE = "base={kind='scratchpad', hidden=64, steps=500, batch=32, hinted=0.0, longer=0.9, guess=0.0, slip=0.4}"
-DIGITS = 6  # of the sums of LONG
+LONG_BASE = "base={kind='scratchpad', hidden=64, steps=600, batch=64, hinted=0.0, longer=0.9, guess=0.0, slip=0.6}"
+DIGITS = 4  # of the sums of LONG
 CREDIT = {
     "GRPO": ["credit.kind=grpo"],
     "process": ["credit.kind=process"],
     "process, forecast": ["credit.kind=process", "credit.forecast=true"],
 }
+
+TABLED: dict[str, Credit] = {"GRPO": GRPO(), "process": Process(), "process, forecast": Process(forecast=True)}
 
 
 def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
@@ -125,12 +135,62 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
         "seeds": list(range(seeds)),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
-        "mean share": {
-            name: asdict(interval(shares, unit=False))
-            for name, shares in needed.items()
-            if len(shares) > 1 and None not in shares
-        },
+        "mean share": mean_share(needed),
     }
+
+
+def table(seeds: int, lines: int = 8, facts: int = 200, right: float = 0.6, steps: int = 60) -> dict[str, Any]:
+    """The same rules on a policy that is a table: each line of a task is one of `facts`, and comes out right with that
+    fact's own chance, at first `right`. Adam's steps, accuracy without noise."""
+    runs: dict[str, list[dict]] = {name: [] for name in TABLED}
+    for seed in range(seeds):
+        for name, rule in TABLED.items():
+            runs[name].append({"curve": tabled(rule, seed, lines, facts, right, steps), "rounds": None})
+    needed = reach(runs)
+    return {
+        "seeds": list(range(seeds)),
+        "lines": lines,
+        "start": right**lines,
+        "final": {name: [run["curve"][-1][1] for run in found] for name, found in runs.items()},
+        "tokens to reach": needed,
+        "mean share": mean_share(needed),
+    }
+
+
+def tabled(rule: Credit, seed: int, lines: int, facts: int, right: float, steps: int) -> list[tuple[int, float]]:
+    """(lines written before, accuracy then) of a run: 16 tasks a step, 8 paths each."""
+    draw, tests = numpy.random.default_rng(seed), numpy.random.default_rng(0).integers(facts, size=(2000, lines))
+    logits_F = torch.full((facts,), math.log(right / (1 - right)), requires_grad=True)
+    adam, curve = torch.optim.Adam([logits_F], lr=0.05), []
+    for step in range(steps):
+        chances_F = logits_F.detach().sigmoid().numpy()
+        curve.append((step * 16 * 8 * lines, float(chances_F[tests].prod(1).mean())))
+        slopes_F = numpy.zeros(facts)
+        for task in draw.integers(facts, size=(16, lines)):
+            good = draw.random((8, lines)) < chances_F[task]
+            samples = assign(rule, [Group(LINES, tuple(map(shown, good)))], "".join)
+            for sample in samples:  # the prompt, then a digit and a line break in turn; d log p / d logit = digit - p
+                advantages, digits = numpy.array(sample.advantages[1::2]), numpy.array(sample.ids[1::2], dtype=float)
+                numpy.add.at(slopes_F, task, advantages * (digits - chances_F[task]))
+        logits_F.grad = torch.tensor(-slopes_F / (16 * 8), dtype=torch.float32)
+        adam.step()
+    return curve
+
+
+LINES = Task("lines", ({"role": "user", "content": "?"},), "1", "math")
+
+
+def shown(good: Any) -> Rollout:
+    """A path whose lines are 1 where they are right and 0 where not."""
+    text = "\n".join("1" if each else "0" for each in good)
+    path = Trajectory(("?",), (Step(tuple(text), (0.0,) * len(text), text),), "stop")
+    return Rollout(LINES, path, Verdict("scored", float(good.all()), bool(good.all()), steps=tuple(map(float, good))))
+
+
+def mean_share(needed: dict[str, Any]) -> dict[str, Any]:
+    """Of the methods that reached the level with every seed, over seeds."""
+    reached = {name: shares for name, shares in needed.items() if len(shares) > 1 and None not in shares}
+    return {name: asdict(interval(shares, unit=False)) for name, shares in reached.items()}
 
 
 def long_sums(scratch: Path) -> list[str]:
@@ -267,7 +327,7 @@ def show(part: str, found: dict[str, Any]) -> None:
             print(f"round {number}: {each['greedy']:.1%}", {k: f"{v:.0%}" for k, v in each["by_level"].items()})
         print(f"one round without rationalisation: {found['one round without rationalisation']['greedy']:.1%}")
         return
-    for line in found["rows"]:
+    for line in found.get("rows", ()):
         low, high = line["greedy_ci"]
         greedy = f"greedy {line['greedy']:.1%} ({low:.1%} to {high:.1%})"
         others = f"mean {line['mean_at_k']:.1%}  majority {line['maj_at_k']:.1%}"
@@ -289,12 +349,12 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="methods, star, process; default: all")
+    parser.add_argument("parts", nargs="*", metavar="part", help="methods, star, process, table; default: all")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
     parser.add_argument("--keep", metavar="DIR", help="leave the runs there, and go on with those that are there")
     args = parser.parse_args()
-    if unknown := (set(args.parts) - {"methods", "star", "process"}) | (set(args.only or ()) - set(METHODS)):
+    if unknown := (set(args.parts) - {"methods", "star", "process", "table"}) | (set(args.only or ()) - set(METHODS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -303,6 +363,7 @@ def main() -> None:
             "methods": lambda: methods(args.seeds, args.only or list(METHODS), scratch),
             "star": lambda: star(scratch),
             "process": lambda: process(args.seeds, scratch),
+            "table": lambda: table(max(3, args.seeds)),
         }
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for name in args.parts or parts:

@@ -9,10 +9,12 @@ from benchmarks.learning import (
     CREDIT,
     DIGITS,
     METHODS,
+    TABLED,
     TASK,
     long_sums,
     reach,
     row,
+    tabled,
     tokens_at,
     write_long_sums,
 )
@@ -46,6 +48,12 @@ def test_outcomes_and_steps_are_compared_at_the_same_settings_on_long_sums(tmp_p
     train, heldout = steps.tasks.load()
     assert {task.meta["level"] for task in train} == {1, DIGITS}
     assert {task.meta["level"] for task in heldout} == {DIGITS} and len(heldout) >= steps.evaluate.tasks
+
+
+def test_on_a_table_of_chances_every_rule_raises_the_chance_that_all_lines_are_right():
+    for rule in TABLED.values():
+        first, *_, last = tabled(rule, 0, 3, 20, 0.5, 12)
+        assert first == (0, pytest.approx(0.125)) and last[1] > 0.2 and last[0] == 11 * 16 * 8 * 3
 
 
 def test_a_level_is_reached_when_the_mean_of_a_window_is():
