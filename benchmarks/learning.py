@@ -139,7 +139,7 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
     }
 
 
-def table(seeds: int, lines: int = 8, facts: int = 200, right: float = 0.6, steps: int = 60) -> dict[str, Any]:
+def table(seeds: int, lines: int, right: float, facts: int = 200, steps: int = 60) -> dict[str, Any]:
     """The same rules on a policy that is a table: each line of a task is one of `facts`, and comes out right with that
     fact's own chance, at first `right`. Adam's steps, accuracy without noise."""
     runs: dict[str, list[dict]] = {name: [] for name in TABLED}
@@ -327,13 +327,16 @@ def show(part: str, found: dict[str, Any]) -> None:
             print(f"round {number}: {each['greedy']:.1%}", {k: f"{v:.0%}" for k, v in each["by_level"].items()})
         print(f"one round without rationalisation: {found['one round without rationalisation']['greedy']:.1%}")
         return
+    for each in found.get("settings", ()):
+        print(f"{each['lines']} lines, {each['start']:.1%} at first:", each["tokens to reach"])
     for line in found.get("rows", ()):
         low, high = line["greedy_ci"]
         greedy = f"greedy {line['greedy']:.1%} ({low:.1%} to {high:.1%})"
         others = f"mean {line['mean_at_k']:.1%}  majority {line['maj_at_k']:.1%}"
         picked = f"  chosen {line['selected_at_k']:.1%}" if "selected_at_k" in line else ""
         print(f"{line['method']:<15} {greedy}  {others}{picked}  {line['tokens']:.0f} tokens")
-    print("tokens for GRPO's last training accuracy, as a share of GRPO's:", found["tokens to reach"])
+    if "rows" in found:
+        print("tokens for GRPO's last training accuracy, as a share of GRPO's:", found["tokens to reach"])
 
 
 def machine() -> dict[str, Any]:
@@ -363,7 +366,9 @@ def main() -> None:
             "methods": lambda: methods(args.seeds, args.only or list(METHODS), scratch),
             "star": lambda: star(scratch),
             "process": lambda: process(args.seeds, scratch),
-            "table": lambda: table(max(3, args.seeds)),
+            "table": lambda: {
+                "settings": [table(max(3, args.seeds), *each) for each in ((4, 0.57), (8, 0.6), (10, 0.6))]
+            },
         }
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for name in args.parts or parts:
