@@ -350,11 +350,15 @@ def _dataclass(kind: type, table: Mapping[str, Any], where: str) -> Any:
 
 def _expect(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        wanted = "a table" if kind is Mapping else f"a {kind.__name__}"
-        raise ConfigError(f"{where} = {value!r} is a {type(value).__name__}, it must be {wanted}")
+        raise ConfigError(f"{where} = {value!r} is {_named(type(value))}, it must be {_named(kind)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r}: give a finite number")
     return value
+
+
+def _named(kind: Any) -> str:
+    name = "table" if kind in (Mapping, dict) else kind.__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

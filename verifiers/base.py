@@ -63,6 +63,8 @@ class Verdict:
             )
         if self.score is not None and not 0.0 <= self.score <= 1.0:  # also refuses NaN
             raise ValueError(f"score={self.score} is outside [0, 1]: rescale it before making the Verdict")
+        if "\n" in self.why:  # an exception's message, as a rule
+            object.__setattr__(self, "why", " ".join(self.why.split()))
 
     @classmethod
     def abstain(cls, why: str, **fields: Any) -> Verdict:

@@ -28,6 +28,8 @@ _REVISED = re.compile(
 )
 _CONCLUDED = re.compile(r"\b(?:final|finally|therefore|thus|hence|conclude|altogether|in total|so)\b", re.I)
 _HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|another|also|might|could)\b", re.I)
+_BEFORE = re.compile(r"(?:-|\d|\\(?:sqrt|[dt]?frac)\s*\{\s*)$")  # of a formula that goes on into a box
+_AFTER = re.compile(r"\s*\^(?!\s*\{?\s*\\circ)(?:\{[^{}]*\}|\w)|\s*\\?%|\s*[-+*/]\s*\d+")  # or out of it
 _BARE_BOX = re.compile(r"[^\s$\\{}]+")
 _IS_ANSWER = re.compile(r"\s+is\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?(?:answer|solution)$", re.I)
 _JOIN = re.compile(
@@ -153,7 +155,7 @@ def _box_spans(text: str) -> list[tuple[int, int, str]]:
         if spans and match.start() < spans[-1][1]:
             spans[-1] = (*spans[-1][:2], content)
         elif content:
-            spans.append((match.start(), stop, content))
+            spans.append((match.start(), stop, _with_its_formula(text, match.start(), stop, content)))
     return spans
 
 
@@ -171,6 +173,14 @@ def _withdrawn(text: str) -> bool:
     after = "".join(re.split(r"[.!?]\s+", rest, maxsplit=1)[1:])
     revised = _REVISED.search(after) or re.match(r"no\b", after, re.IGNORECASE)
     return bool(revised and re.search(r"\d", after))
+
+
+def _with_its_formula(text: str, start: int, stop: int, content: str) -> str:
+    r"""What a box says together with what is glued to it: `-\boxed{4}` says -4, `\boxed{4}^2` 16."""
+    before, after = _BEFORE.search(text[max(0, start - 20) : start]), _AFTER.match(text, stop)
+    if not before and not after:
+        return content
+    return f"{before.group() if before else ''}({content}){after.group() if after else ''}"
 
 
 def _hashes(text: str) -> str | None:

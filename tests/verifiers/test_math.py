@@ -688,6 +688,13 @@ x^2+y^2=25 || y^2=25-x^2
 """)
 
 SPAM = table(r"""
+42 || -\boxed{42}
+42 || \boxed{42}^2
+42 || \boxed{42}\%
+42 || 2\boxed{42}
+42 || \boxed{42} + 1
+42 || \sqrt{\boxed{42}}
+42 || $\frac{\boxed{42}}{2}$
 42 || \boxed{42} Hmm, wait. Actually the answer is 43.
 12 || The answer is 12. No, it is 13.
 12 || The answer is 12. Wait, actually it is 13.
@@ -744,6 +751,12 @@ y=2x || \boxed{2x=2x}
 """)
 
 RESPONSES = table(r"""
+-42 || The answer is $-\boxed{42}$.
+42\% || \boxed{42}\%
+42 || \boxed{42}^\circ
+42 || - \boxed{42}
+42 || \boxed{42} - which is 6 times 7.
+42 || $x=\boxed{42}$
 7/12 || The probability is 7/12.
 12 || The number of apples is 12.
 42 || The answer is 42, not 41.

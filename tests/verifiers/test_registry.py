@@ -61,6 +61,10 @@ def test_false_and_low_scores_are_not_correct():
     assert verdict("registry: says", "float").score == 0.25
 
 
+def test_why_is_one_line_whatever_an_exception_says():
+    assert Verdict.fail("RuntimeError: first\n   second line\n").why == "RuntimeError: first second line"
+
+
 def test_function_may_return_bool_float_verdict_or_none():
     assert verdict("registry: parity", "9").correct is True
     assert verdict("registry: says", "true").score == 1.0
