@@ -14,7 +14,7 @@ from search.distinct import Distinct
 from search.force import Force
 from search.marginal import estimate
 from search.sample import Sample
-from search.toy import Chain, random_chain, same_number, trap
+from search.toy import Chain, ChainEngine, random_chain, same_number, trap
 from search.toy_checkpoint import write_checkpoint
 from search.tree import explore
 
@@ -250,6 +250,6 @@ def test_a_process_judge_reads_each_new_token_once(serve):
     from benchmarks.search import judged, prose
 
     chain = prose(step=1 / 7)
-    made = [serve(chain, max_model_len=512).at(max_tokens=256) for _ in range(2)]
-    found = asyncio.run(judged(chain, *made, tasks=8))
+    writer = ChainEngine(chain, Sampling(max_tokens=256))
+    found = asyncio.run(judged(chain, writer, serve(chain, max_model_len=512), tasks=8))
     assert found["read/generated"] <= 1 + found["prompts/generated"] <= 1.15, found
