@@ -156,7 +156,7 @@ def normalise(text: str) -> str:
         text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text) if "frac" in text else text
         text = _MICRO.sub(r"\\text{mu\1}", _OHM.sub(r"\\text{ohm}", text))
     text = _ORDINAL.sub(r"\1", text) if "^" in text else text
-    if text.count("[") != text.count("]") or re.match(r"[^\[]*\]", text):
+    if "[" in text or "]" in text:
         text = _OUTWARD.sub(_inward, text)
     if "circ" in text or "°" in text:
         text = _CELSIUS.sub(r" \\text{deg\1\2}", text)
