@@ -106,12 +106,10 @@ def particle(d: Draws) -> Masses:
 
 
 def weighted(d: Draws) -> Masses:
-    """Votes weighted by a scorer. A support score, not a mass under the model."""
+    """Votes weighted by a scorer; all alike where it likes none. A support score, not a mass under the model."""
     assert d.weights is not None
-    if not d.weights.sum() > 0:
-        raise ValueError("all weights are 0: give at least one path a positive weight, or use method='vote'")
     with np.errstate(divide="ignore"):
-        return _weighted(d, np.log(d.weights), True)
+        return _weighted(d, np.log(d.weights) if d.weights.any() else np.zeros(len(d.weights)), True)
 
 
 def best(d: Draws) -> Masses:
@@ -560,6 +558,8 @@ def _caveats(method: str, sampling: Sampling | None, target: Floats | None, d: D
     notes = []
     if method in _SCORED:
         notes.append("weighted by a scorer: a support score, not a mass under the model")
+        if method != "best" and not d.weights.any():
+            notes.append("all weights are 0: the paths count alike")
     if method == "distinct_sum":
         notes.append("a lower bound, biased towards likely paths: trust it only when certified")
     if method == "particle":

@@ -329,6 +329,12 @@ def test_prm_weights_move_the_answer_and_admit_what_they_are():
     assert got.answer == "2" and got.mass == pytest.approx(0.9 / 1.1) and "not a mass" in got.caveat
 
 
+def test_paths_that_the_scorer_all_gives_nothing_count_alike_and_say_so():
+    paths = [path("1", (5, 1)), path("1", (6, 1)), path("2", (7, 1))]
+    got = estimate(paths, method="prm", weights=[0.0, 0.0, 0.0])
+    assert got.answer == "1" and got.mass == pytest.approx(2 / 3) and "count alike" in got.caveat
+
+
 def test_slot_holds_the_exact_answer_law_of_its_branch():
     reasoned = next(p for p in draw(50, top=60) if p.text.startswith("S"))
     slot, going_on = read_slot(reasoned, CHAIN.answer)
