@@ -6,7 +6,8 @@ peer  The quickstart's base, tasks and hyperparameters: this system with the eng
       synchronous and with max_lag = 1, and TRL's GRPOTrainer with its own generation (transformers). Seconds of
       training until a held-out greedy accuracy is reached. Weights are copied every few steps and evaluated when
       training is over, off the clock.
-step  SmolLM2-135M: seconds of a step, with vLLM, synchronous and with max_lag = 1, and with TRL.
+step  SmolLM2-135M: seconds of a step, with vLLM, synchronous and with max_lag = 1, and with TRL. Verdicts are tossed:
+      it gets so little right that groups would agree, which this system does not learn from and TRL does.
 lag   Engines on another machine: rollouts that take a known latency longer and none of our cores. Throughput and
       accuracy at max_lag = 0, at 4, and at 4 without the importance correction.
 
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.local_engine import LocalEngine
+from verifiers.base import Verdict
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.json"
@@ -56,6 +59,24 @@ class Slowed(LocalEngine):
         paths = await super().extend(*arguments, **options)
         await asyncio.sleep(self.seconds)
         return paths
+
+
+def coin(text: str) -> float:
+    """A verdict for a model that gets nothing right: nearly every group has contrast, so that everything is learned."""
+    return float(zlib.crc32(text.encode()) % 2)
+
+
+class Coin:
+    """A pool of verifiers that tosses a coin."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    async def verify(self, task: Any, responses: list[str], **_: Any) -> list[Verdict]:
+        return [Verdict("scored", score=score, correct=score == 1.0) for score in map(coin, responses)]
 
 
 class Copies:
@@ -82,7 +103,7 @@ class Copies:
         return found
 
 
-def ours(config: Path, overrides: list[str], latency: float) -> dict[str, Any]:
+def ours(config: Path, overrides: list[str], latency: float, tossed: bool) -> dict[str, Any]:
     """A run of this system: `reasoner train` without its evaluations."""
     from reasoner import learner, train  # noqa: F401 (imported before the clock starts)
     from reasoner.config import load
@@ -98,6 +119,8 @@ def ours(config: Path, overrides: list[str], latency: float) -> dict[str, Any]:
         )  # a run evaluates first, too
         if latency:
             stage = replace(stage, engine=Slowed(stage.engine, latency))
+        if tossed:
+            stage = replace(stage, pool=Coin(stage.pool))
         copies = Copies(stage.model, run.steps)
         train.by_policy_gradient(
             stage, tasks, heldout, start, lambda done, note: (copies(done), stage.screen.say(note))
@@ -115,7 +138,7 @@ def ours(config: Path, overrides: list[str], latency: float) -> dict[str, Any]:
     }
 
 
-def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
+def peer(config: Path, overrides: list[str], tossed: bool) -> dict[str, Any]:
     """TRL's GRPOTrainer with its own generation, on the same base, tasks, order, verdicts and hyperparameters."""
     import torch
     from transformers import AutoTokenizer, TrainerCallback
@@ -141,6 +164,8 @@ def peer(config: Path, overrides: list[str]) -> dict[str, Any]:
     def reward(completions: list, completion_ids: list, number: list[int], **_: Any) -> list[float | None]:
         lengths.extend(map(len, completion_ids))
         texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+        if tossed:
+            return [coin(text) for text in texts]
         return [judge.verify(drawn[i], text).score for i, text in zip(number, texts, strict=True)]
 
     batch = run.tasks_per_step * run.search.n
@@ -235,12 +260,14 @@ def reached(curve: list[dict[str, float]], target: float) -> float | None:
 # --- the parts
 
 
-def in_a_process(what: str, config: Path, overrides: list[str], latency: float = 0.0) -> dict[str, Any]:
+def in_a_process(
+    what: str, config: Path, overrides: list[str], latency: float = 0.0, tossed: bool = False
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.train", "--one", what, str(config), str(latency), str(out)]
+        command = [sys.executable, "-m", "benchmarks.train", "--one", what, str(config), str(latency)]
         options = [f"out={scratch}/runs", "name=bench", *overrides]
-        subprocess.run([*command, *options], check=True, env=os.environ | ENVIRONMENT)
+        subprocess.run([*command, str(int(tossed)), str(out), *options], check=True, env=os.environ | ENVIRONMENT)
         return json.loads(out.read_text())
 
 
@@ -274,9 +301,9 @@ def per_step(full: bool, more: list[str]) -> dict[str, Any]:
     common = ["steps=5" if full else "steps=3", "checkpoint_every=100"]  # fewer than COPIES: nothing is evaluated
     config = CONFIGS / "smollm2.toml"
     found = {
-        "sync": in_a_process("ours", config, common),
-        "trl": in_a_process("peer", config, common),
-        "max_lag=1": in_a_process("ours", config, [*common, "max_lag=1"]),
+        "sync": in_a_process("ours", config, common, tossed=True),
+        "trl": in_a_process("peer", config, common, tossed=True),
+        "max_lag=1": in_a_process("ours", config, [*common, "max_lag=1"], tossed=True),
     }
     kept = ("step", "cpu_step", "seconds", "steps", "tokens")
     return {name: {k: r[k] for k in kept} for name, r in found.items()}
@@ -302,12 +329,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--full", action="store_true", help="three rounds against the peer, more steps")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     if args.one:
-        what, config, latency, out = args.one
-        overrides = [*args.parts, *rest]
-        result = ours(Path(config), overrides, float(latency)) if what == "ours" else peer(Path(config), overrides)
+        what, config, latency, tossed, out = args.one
+        given = (Path(config), [*args.parts, *rest])
+        if what == "ours":
+            result = ours(*given, float(latency), tossed == "1")
+        else:
+            result = peer(*given, tossed == "1")
         Path(out).write_text(json.dumps(result))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
