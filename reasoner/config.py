@@ -191,12 +191,13 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     tree = _read(path, overrides)
     if not tree.get("methods"):
         raise ConfigError(f"{path} has no [[methods]] to compare: see configs/search.toml, or use `reasoner eval`")
-    for method in tree["methods"]:
-        table = method.get("search", {}) if isinstance(method, dict) else {}
-        size = getattr(SEARCHES.get(table.get("kind", "sample")), "size", None)
-        if size in table:
+    for method in _expect(tree["methods"], list, "methods"):
+        table = method.get("search") if isinstance(method, dict) else None  # `_build` tells of wrong types
+        if isinstance(table, dict) and getattr(SEARCHES.get(str(table.get("kind", "sample"))), "size", None) in table:
             method.setdefault("grow", False)
     comparison = _build(Comparison, tree, "")
+    if comparison.sizing < 1 or comparison.heldout < 1:
+        raise ConfigError(f"sizing = {comparison.sizing} and heldout = {comparison.heldout}: give at least 1 task each")
     _cross_check(comparison.run())
     _check_comparison(comparison)
     return comparison
@@ -285,7 +286,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind in KINDS:
         default, registry = KINDS[kind]
         table = dict(_expect(value, Mapping, where))
-        name = table.pop("kind", default)
+        name = _expect(table.pop("kind", default), str, _dot(where, "kind"))
         if name not in registry and kind is not Search:
             raise ConfigError(f"{where}.kind = {name!r} is unknown{_nearest(name, registry)}")
         return _build(registry[name] if name in registry else _installed(name, where), table, where)
@@ -552,8 +553,6 @@ def _check_comparison(comparison: Comparison) -> None:
         raise ConfigError(
             f"budget = {budget} is smaller than one path (sampling.max_tokens = {most}): raise it, or lower max_tokens"
         )
-    if comparison.sizing < 1 or comparison.heldout < 1:
-        raise ConfigError(f"sizing = {comparison.sizing} and heldout = {comparison.heldout}: give at least 1 task each")
     if comparison.export < 0:
         raise ConfigError(f"export = {comparison.export}: give a number of training tasks, or 0 for none")
     if type(comparison.tasks) in INTERACTIVE.values():

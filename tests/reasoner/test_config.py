@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from reasoner.config import ConfigError, _build, load, load_any, to_dict
+from reasoner.config import ConfigError, _build, _flat, load, load_any, to_dict
 from search import Beam
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,26 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
 def test_a_mistake_is_named_with_its_remedy(override, names):
     message = refused(override)
     assert all(name in message for name in names), message
+
+
+@pytest.mark.parametrize("value", ["5", "true", "nan", "[]", "[{}]", "{a=1}", "{kind=5}", "1979-05-27", "''"])
+@pytest.mark.parametrize("name", ["quickstart", "search", "star"])
+def test_no_value_at_any_key_is_more_than_a_mistake_of_one_line(name, value):
+    path = ROOT / "configs" / f"{name}.toml"
+    leaves = _flat(to_dict(load_any(path)))
+    tables = {key.rsplit(".", i)[0] for key in leaves for i in range(1, key.count(".") + 1)}
+    for key in sorted(leaves.keys() | tables):
+        try:
+            load_any(path, [f"{key}={value}"])
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("method", ["5", "{}", '{name = "a", search = 5}', '{name = "a", search = {kind = []}}'])
+def test_a_method_of_a_wrong_shape_is_named(tmp_path, method):
+    (tmp_path / "c.toml").write_text(f'name = "x"\nbudget = 500\nmethods = [{method}]\n')
+    with pytest.raises(ConfigError, match="methods"):
+        load_any(tmp_path / "c.toml")
 
 
 def test_training_on_a_server_that_takes_no_weights_is_refused_before_anything_is_loaded():
