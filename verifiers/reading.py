@@ -44,15 +44,16 @@ _NAMED_NUMBER = re.compile(
     + "|".join(sorted(w for w in _KNOWN if len(w) > 3))
     + r")[A-Za-z]{4,},? \d{1,4}(?:(?:st|nd|rd|th)?,? \d{1,4})?"
 )  # June 20, 1999
-_SPELLED = {
-    w: i
-    for i, w in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split()
-    )
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SPELLED = {word: value for value, word in enumerate(_SMALL)} | {
+    f"{tens} {one}".removesuffix(" zero"): 10 * ten + value
+    for ten, tens in enumerate(_TENS, 2)
+    for value, one in enumerate(_SMALL[:10])
 }
-for _tens, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
-    _SPELLED |= {f"{_word} {one}".removesuffix(" zero"): 10 * _tens + _SPELLED[one] for one in list(_SPELLED)[:10]}
 _NOTHING = frozenset(
     (
         "no solution",
