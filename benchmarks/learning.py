@@ -136,6 +136,28 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
         "mean share": mean_share(needed),
+        "lines": {
+            name: [kept_and_true(scratch / "runs" / f"long-{name}-{seed}".replace(" ", "-")) for seed in range(seeds)]
+            for name in CREDIT
+        },
+    }
+
+
+def kept_and_true(run: Path, steps: int = 5) -> dict[str, list[float]]:
+    """Of the first and of the last steps' long sums: the share of lines that add the digits of the question, and of
+    those that state a true equality, which is all that the step scores look at."""
+    own: dict[int, list[tuple[bool, bool]]] = {}
+    for step, _, group in read(run / "journal.jsonl"):
+        if group.task.meta["level"] == DIGITS:
+            digits = list(zip(*(reversed(str(term)) for term in group.task.meta["terms"]), strict=True))
+            for rollout in group.scored:
+                lines = list(zip(rollout.trajectory.text.split("\n"), rollout.verdict.steps, strict=False))[:DIGITS]
+                asked = [line.startswith(f"{x}+{y}+") for (line, _), (x, y) in zip(lines, digits, strict=False)]
+                own.setdefault(step, []).extend(zip(asked, (score == 1 for _, score in lines), strict=False))
+    ordered = [own[step] for step in sorted(own)]
+    ends = [[pair for each in part for pair in each] for part in (ordered[:steps], ordered[-steps:])]
+    return {
+        name: [statistics.fmean(pair[i] for pair in end) for end in ends] for i, name in enumerate(("asked", "true"))
     }
 
 
