@@ -6,7 +6,7 @@ methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selecti
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
 process  credit for steps against credit for outcomes where few paths are right as a whole: sums of four digits, from
-         a base that slips in three of five lines; the tokens that each needs for the accuracy that outcomes end with
+         a base that slips in most lines; the tokens that each needs for the accuracy that outcomes end with
 table    the same rules on a policy that is a table of chances, where no model stands between a rule and what it does
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
@@ -79,7 +79,7 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
-LONG = [  # four lines of work, a slip in three of five: few paths are right as a whole
+LONG = [  # four lines of work, most of them with a slip: next to no path is right as a whole
     "tasks={kind='jsonl', path='{scratch}/train.jsonl', heldout_path='{scratch}/heldout.jsonl', "
     "verifier='process_math'}",
     'policies={process_math={outcome={form="simplest"}}}',
