@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
     sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
     sub = command("search", _search, "run searches side by side on the held-out tasks, at one budget of tokens")
-    sub.epilog = (
-        "Any key of the config can be overridden: --budget=500 --export=99 (trees of 99 training tasks)"
-    )
+    sub.epilog = "Any key of the config can be overridden: --budget=500 --export=99 (trees of 99 training tasks)"
     sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
     sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
     command("check", _check, "validate a config without loading a model, and print what it will use")

@@ -30,6 +30,7 @@ from reasoner.paged_books import Pages
 from reasoner.paged_model import PagedCache, decode, one_more, read, whole
 from rollouts.local_engine import LocalEngine
 from rollouts.row import Row, Words, draw_all, law, note_top
+from rollouts.threads import threads_for
 from search.base import Sampling
 from search.tree import Ledger
 
@@ -174,11 +175,12 @@ class PagedDecoder:
     @torch.inference_mode()
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
         """Decode until nobody waits. Rows that join meanwhile are let in between two tokens."""
-        while self._queue or self._seats:
-            with self._lock:
-                complete, error = self._turn()
-            if complete:
-                loop.call_soon_threadsafe(_settle, complete, error)
+        with threads_for(self._model):
+            while self._queue or self._seats:
+                with self._lock:
+                    complete, error = self._turn()
+                if complete:
+                    loop.call_soon_threadsafe(_settle, complete, error)
 
     # --- one turn
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from rollouts.noise import Noise
 from rollouts.request import Request
 from rollouts.row import Row, Words, draw_all, law, note_top
+from rollouts.threads import threads_for
 from rollouts.writing import write
 from search.base import END, Offer, Sampling, Step, Trajectory, Until
 from search.tree import Ledger
@@ -178,11 +179,15 @@ class PaddedDecoder:
             batch, self._queue = waiting[: self._rows], waiting[self._rows :]
             error = None
             try:
-                await asyncio.to_thread(self._batch, [row for row, _ in batch])
+                await asyncio.to_thread(self._run, [row for row, _ in batch])
             except Exception as caught:  # belongs to those who asked, not to this task
                 error = caught
             for future in (future for _, future in batch if not future.done()):
                 future.set_exception(error) if error else future.set_result(None)
+
+    def _run(self, rows: list[Row]) -> None:
+        with threads_for(self._model):
+            self._batch(rows)
 
     @torch.inference_mode()
     def _batch(self, rows: list[Row]) -> None:
