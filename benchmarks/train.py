@@ -343,11 +343,13 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {"cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()}
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "trl")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    commit = commit.strip()
     more = [word[2:] for word in (*rest, *args.parts) if word.startswith("--")]  # argparse keeps those with spaces
     for part in [word for word in args.parts if not word.startswith("--")] or PARTS:
         started = time.perf_counter()
-        results[part] = PARTS[part](args.full, more) | {"wall_s": 0.0}
-        results[part]["wall_s"] = time.perf_counter() - started
+        results[part] = PARTS[part](args.full, more)
+        results[part] |= {"wall_s": time.perf_counter() - started, "commit": commit}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(_short(results[part]), indent=1), flush=True)
 
