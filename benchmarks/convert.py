@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,10 @@ def main() -> None:
         _reasoner("convert", "--from", ORIGINAL, "--to", converted)
         _reasoner("distill", "--student", converted, "--teacher", ORIGINAL, "--to", healed, "--minutes", args.minutes)
     report = json.loads((converted / "conversion.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
+        "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "original": ORIGINAL,
         "conversion": {"attention": report["attention"], "experts": report["experts"], "serving": report["serving"]},
         "healing": None,  # until it was run to its end

@@ -104,7 +104,7 @@ def distill(args: argparse.Namespace) -> None:
             record({"step": summary["steps"] + args.on_policy, "seconds": summary["seconds"], **summary["after"]})
     save(student.to(dtype), tokenizer, args.to / "checkpoint")
     settings = {name: getattr(healing, name) for name in Healing.__dataclass_fields__}
-    summary |= {"student": str(args.student), "teacher": str(args.teacher), **settings}
+    summary |= {"student": str(args.student), "teacher": str(args.teacher), "settings": settings}
     (args.to / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"KL {summary['before']['kl']:.4f} -> {summary['after']['kl']:.4f} nats on held-out text")
     print(f"written: {args.to / 'checkpoint'}")

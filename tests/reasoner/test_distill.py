@@ -128,6 +128,7 @@ def test_command_writes_checkpoint_curve_and_summary(folders, tmp_path, capsys):
     summary = json.loads((tmp_path / "healed" / "summary.json").read_text())
     assert measured[0]["kl"] == summary["before"]["kl"] and measured[-1]["kl"] == summary["after"]["kl"]
     assert len(measured) == 8 and measured[-1]["step"] == summary["steps"] == 6
+    assert summary["settings"]["minutes"] == 10.0 and summary["seconds"] < 600  # what was allowed, and what it took
     load(tmp_path / "healed" / "checkpoint")
     assert main(command(folders, tmp_path / "healed")) == 2 and "is there already" in capsys.readouterr().err
 
