@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -50,7 +52,9 @@ def main() -> None:
                     f"{found['faster']:.2f} times transformers', loss {found['loss_ours']:.5f} and "
                     f"{found['loss_theirs']:.5f}, memory {found['memory_over_transformers']:.2f} of its"
                 )
-    RESULTS.write_text(json.dumps({"training_step": figures}, indent=2) + "\n")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"commit": commit, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    RESULTS.write_text(json.dumps(about | {"training_step": figures}, indent=2) + "\n")
     print(f"written: {RESULTS}")
 
 
