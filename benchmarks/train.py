@@ -340,6 +340,8 @@ def main() -> None:
             result = peer(*given, tossed == "1")
         Path(out).write_text(json.dumps(result))
         return
+    if unknown := [word for word in args.parts if not word.startswith("--") and word not in PARTS]:
+        parser.error(f"unknown: {', '.join(unknown)}; keys of the config are overridden as --key=value")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {"cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()}
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "trl")}

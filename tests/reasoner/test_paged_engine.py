@@ -20,8 +20,6 @@ from rollouts.noise import Noise
 from rollouts.request import Request
 from rollouts.row import Row
 from search.base import END, STEP, TOKENS, Sampling, Trajectory
-from search.sample import Sample
-from search.tree import explore
 
 TOKENIZER = char_tokenizer("0123456789+-= \n")
 EOS = TOKENIZER.eos_token_id
@@ -423,20 +421,8 @@ def test_rows_join_between_two_tokens_of_others():
     assert 1 in widths[4:-1]  # the second prompt was read before the first rows were done
 
 
-def test_nothing_is_drawn_for_a_cancelled_search():
-    local = engine(max_tokens=50)
-
-    async def cancel_one() -> tuple[int, int]:
-        doomed = asyncio.ensure_future(explore(Sample(n=8), Trajectory(PROMPT, seed=1), local))
-        kept = asyncio.ensure_future(explore(Sample(n=1), Trajectory(PROMPT, seed=2), local))
-        while local.ledger.generated < 18:
-            await asyncio.sleep(0)
-        doomed.cancel()
-        before = local.ledger.generated
-        (path,) = (await kept).paths
-        return local.ledger.generated - before, path.length
-
-    after, own = asyncio.run(cancel_one())
+def test_nothing_is_drawn_for_a_cancelled_search(drawn_after_cancelling):
+    after, own = drawn_after_cancelling(engine(max_tokens=50), PROMPT)
     assert after <= own + 2 * 8  # the token under way, and one that began before the cancellation was seen
 
 

@@ -11,8 +11,6 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from rollouts.local_engine import LocalEngine
 from search.base import STEP, TOKENS, Sampling, Step, Trajectory, derive
-from search.sample import Sample
-from search.tree import explore
 
 LETTERS = ["<pad>", "<eos>", "\n", *"0123456789+-= "]
 EOS = 1
@@ -407,21 +405,9 @@ def test_event_loop_runs_while_the_model_computes():
     assert asyncio.run(count_turns()) > 5
 
 
-def test_nothing_is_drawn_for_a_cancelled_search_but_the_token_under_way():
-    local = engine(max_tokens=60)
-
-    async def cancel_one() -> tuple[int, int]:
-        doomed = asyncio.ensure_future(explore(Sample(n=8), Trajectory(PROMPT, seed=1), local))
-        kept = asyncio.ensure_future(explore(Sample(n=1), Trajectory(PROMPT, seed=2), local))
-        while local.ledger.generated < 18:
-            await asyncio.sleep(0)
-        doomed.cancel()
-        before = local.ledger.generated
-        (path,) = (await kept).paths
-        return local.ledger.generated - before, path.length
-
-    after, own = asyncio.run(cancel_one())
-    assert after <= own + 2 * 8
+def test_nothing_is_drawn_for_a_cancelled_search_but_the_token_under_way(drawn_after_cancelling):
+    after, own = drawn_after_cancelling(engine(max_tokens=60), PROMPT)
+    assert after <= own + 2 * 8  # the token under way, and one that began before the cancellation was seen
 
 
 def test_cancelled_call_leaves_the_queue_working():
