@@ -76,7 +76,7 @@ class Victim:
         """SIGKILL one, wait until the run is whole again, and note how long that took."""
         row = {"kind": kind, "at_step": rows(self.folder / "metrics.jsonl"), "time": time.time()}
         if kind == "engine":
-            self.processes(psutil.Process(), "ray::_Actor")[0].kill()
+            self.processes(psutil.Process(), "ray::EngineActor")[0].kill()
         elif kind == "verifier":
             chance.choice(self.processes(psutil.Process(self.process.pid), "verifiers.pool")).kill()
         elif kind == "node":

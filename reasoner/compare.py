@@ -90,7 +90,7 @@ class Result:
     def at(self, k: int, tasks: Sequence[str]) -> dict[str, AtK]:
         """Expected accuracy of k of the independent paths, by task."""
         readings = [self.readings[task] for task in tasks]
-        return {r.task: r.at(min(k, len(r.paths)), _usable(self.estimator, r.paths), SUBSETS) for r in readings}
+        return {r.task: r.at(min(k, len(r.paths)), self.estimator, SUBSETS) for r in readings}
 
     def within(self, tokens: float, tasks: Sequence[str]) -> tuple[dict[str, float], float]:
         """By task, the accuracy at about so many tokens, and how many they are: all, where paths hang together."""
@@ -286,18 +286,13 @@ def summarise(results: Sequence[Result]) -> Row:
 
 def accuracy(reading: Reading, estimator: str) -> float:
     """Whether the estimator's answer is right, as judged on the paths that gave it; tied leaders share the credit."""
-    found = reading.estimate(_usable(estimator, reading.paths))
+    found = reading.estimate(estimator)
     labels, names, _ = marginal.group(reading.answers, reading.equal)
     worth = []
     for leader in found.leaders:
         mine = [c for c, label in zip(reading.correct, labels, strict=True) if label == names.index(leader)]
         worth.append(fmean(mine))
     return fmean(worth) if worth else 0.0
-
-
-def _usable(estimator: str, paths: Sequence[Trajectory]) -> str:
-    """Votes weighted by scores that are all 0 say nothing: then they count alike."""
-    return "vote" if estimator in ("prm", "weighted") and not any(path.value for path in paths) else estimator
 
 
 def comparisons(results: Sequence[Result], tasks: Sequence[str]) -> list[Row]:
@@ -376,7 +371,7 @@ def trees(results: Sequence[Result]) -> list[Row]:
 
 def _tree(result: Result, searched: Searched) -> Row:
     reading = result.readings[searched.group.task.id]
-    found = reading.estimate(_usable(result.estimator, reading.paths), searched.tree.sampling)
+    found = reading.estimate(result.estimator, searched.tree.sampling)
     returned = [
         {
             "path": key(r.trajectory),

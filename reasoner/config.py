@@ -1,19 +1,15 @@
-"""A run, as frozen dataclasses read from TOML: strict, with overrides, checked before anything is loaded.
+"""What there is to set in a run, as frozen dataclasses, and which values do not go together.
 
-An unknown key names the nearest one; values that contradict each other are both named, with the remedy. A table with
-`kind` picks its dataclass from a registry; the fields of that dataclass are its keys. Loads no model and no Ray.
+The fields of a dataclass are the keys of its table; a table with `kind` picks its dataclass from KINDS. Values that
+contradict each other are both named, with the remedy. Loads no model and no Ray. Neighbour: `typed_toml` reads the
+file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import json
-import math
-import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +21,12 @@ from reasoner.curriculum import Curriculum
 from reasoner.length import Length
 from reasoner.scratchpad import Scratchpad
 from reasoner.star import STARS, Star
+from reasoner.typed_toml import ConfigError, build, dotted, expect, flat, put, read
 from rollouts.environment import INTERACTIVE
 from rollouts.episode import POLICIES, Episode
 from rollouts.request import Placement
 from rollouts.score import SCORES, ScoreKind, refuse_key
-from rollouts.tasks import SOURCES, ReasoningGym, Source
+from rollouts.tasks import SOURCES, ReasoningGym, Source, nearest
 from search import SEARCHES, Adaptive, CotDecoding, Distinct, Force, find, marginal
 from search.base import Sampling, Search
 from search.sample import Sample
@@ -162,40 +159,44 @@ BY_TOKEN = ("dapo", "cispo", "vespo")  # normalised by tokens: rows that only fi
 
 UNGUIDED = (Sample, Adaptive, Distinct, CotDecoding, Force)  # searches that ask no score
 
+
+class _Searches(dict[str, type]):
+    """The searches by name; one that is not ours is looked for among installed packages."""
+
+    def __missing__(self, name: str) -> type:
+        return find(name)
+
+
 KINDS: dict[Any, tuple[str, Mapping[str, type]]] = {
     Source: ("reasoning_gym", {**SOURCES, **INTERACTIVE}),
     Base: ("warmup", BASES | {"scratchpad": Scratchpad}),
-    Search: ("sample", {**SEARCHES, **POLICIES}),
+    Search: ("sample", _Searches({**SEARCHES, **POLICIES})),
     ScoreKind: ("process", SCORES),
     Credit: ("grpo", CREDITS),
     Learning: ("policy", {"policy": Learner, **STARS}),
 }
 
 
-class ConfigError(ValueError):
-    """A mistake in a config, told so that a person can mend it."""
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run described by a TOML file and `key.path=value` overrides (values in TOML's syntax, or bare strings)."""
-    tree = _read(path, overrides)
+    tree = read(path, overrides)
     if "methods" in tree:
         raise ConfigError(f"{path} compares searches ([[methods]]): use `reasoner search {path}`")
-    run = _build(Run, tree, "")
+    run = build(Run, tree, KINDS)
     _cross_check(run)
     return run
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     """As `load`, of a file with [[methods]]."""
-    tree = _read(path, overrides)
+    tree = read(path, overrides)
     if not tree.get("methods"):
         raise ConfigError(f"{path} has no [[methods]] to compare: see configs/search.toml, or use `reasoner eval`")
-    for method in _expect(tree["methods"], list, "methods"):
+    for method in expect(tree["methods"], list, "methods"):
         table = method.get("search") if isinstance(method, dict) else None  # `_build` tells of wrong types
         if isinstance(table, dict) and getattr(SEARCHES.get(str(table.get("kind", "sample"))), "size", None) in table:
             method.setdefault("grow", False)
-    comparison = _build(Comparison, tree, "")
+    comparison = build(Comparison, tree, KINDS)
     if comparison.sizing < 1 or comparison.heldout < 1:
         raise ConfigError(f"sizing = {comparison.sizing} and heldout = {comparison.heldout}: give at least 1 task each")
     _cross_check(comparison.run())
@@ -205,26 +206,8 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
 
 def load_any(path: Path, overrides: Sequence[str] = ()) -> Run | Comparison:
     """Whichever the file describes."""
-    kind = load_comparison if "methods" in _read(path, overrides) else load
+    kind = load_comparison if "methods" in read(path, overrides) else load
     return kind(path, overrides)
-
-
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        tree = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist: give the path of a TOML file, e.g. configs/quickstart.toml"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: give the path of a TOML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text in UTF-8: give the path of a TOML file") from None
-    for override in overrides:
-        _apply(tree, override)
-    return tree
 
 
 def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> Run:
@@ -239,15 +222,15 @@ def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> R
         raise ConfigError(f"{folder} has no config.json: give the folder of a run, e.g. runs/quickstart") from None
     except ValueError as error:
         raise ConfigError(f"{folder}/config.json is damaged ({error}): restore it, or start the run anew") from None
-    before = _build(Run, tree, "")
+    before = build(Run, tree, KINDS)
     if given is not None:
         now = load(given, overrides)
     else:
         for override in overrides:
-            _apply(tree, override)
-        now = _build(Run, tree, "")
+            put(tree, override)
+        now = build(Run, tree, KINDS)
         _cross_check(now)
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = flat(to_dict(before)), flat(to_dict(now))
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if refused := [key for key in changed if key not in OPERATIONAL]:
         told = ", ".join(f"{key} = {old.get(key)!r} in {folder}, now {new.get(key)!r}" for key in refused)
@@ -256,120 +239,6 @@ def resume(folder: Path, given: Path | None, overrides: Sequence[str] = ()) -> R
             'with base.kind = "pretrained"'
         )
     return now
-
-
-def _flat(tree: Any, where: str = "") -> dict[str, Any]:
-    """The leaves of nested tables, by dotted key."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {where: tree}
-    return {key: leaf for name, each in tree.items() for key, leaf in _flat(each, _dot(where, name)).items()}
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} has no value: write --{dotted}=VALUE")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {dotted}: {parent} is a value, not a table")
-    tree[last] = value
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotated type, or ConfigError naming the key."""
-    if kind in KINDS:
-        default, registry = KINDS[kind]
-        table = dict(_expect(value, Mapping, where))
-        name = _expect(table.pop("kind", default), str, _dot(where, "kind"))
-        if name not in registry and kind is not Search:
-            raise ConfigError(f"{where}.kind = {name!r} is unknown{_nearest(name, registry)}")
-        return _build(registry[name] if name in registry else _installed(name, where), table, where)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, _expect(value, Mapping, where), where)
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _first_that_fits(inner, value, where)
-    if origin is typing.Literal:
-        if value not in inner:
-            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(repr, inner))}")
-        return value
-    if origin is tuple:
-        return tuple(_build(inner[0], v, where) for v in _expect(value, list, where))
-    if origin is not None:  # Mapping[str, Any]: free keys
-        return _expect(value, origin, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if kind is Any else _expect(value, kind, where)
-
-
-def _installed(name: str, where: str) -> type:
-    """A search that another package adds."""
-    try:
-        return find(name)
-    except ValueError as error:
-        raise ConfigError(f"{where}.kind: {error}") from None
-
-
-def _first_that_fits(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """`value` as one of several types; when it is none of them, the first one's complaint."""
-    if value is None and type(None) in kinds:
-        return None
-    complaints = []
-    for kind in kinds:
-        try:
-            return _build(kind, value, where)
-        except ConfigError as error:
-            complaints.append(error)
-    raise complaints[0]
-
-
-def _dataclass(kind: type, table: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    for key in table:
-        if key not in names:
-            raise ConfigError(f"{_dot(where, key)} is not a key of {kind.__name__}{_nearest(key, names)}")
-    values = {key: _build(hints[key], value, _dot(where, key)) for key, value in table.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.init and f.name not in values and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{_dot(where, missing[0])} is missing: {kind.__name__} needs it")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"{where or 'config'}: {error}") from None
-
-
-def _expect(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where} = {value!r} is {_named(type(value))}, it must be {_named(kind)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} = {value!r}: give a finite number")
-    return value
-
-
-def _named(kind: Any) -> str:
-    name = "table" if kind in (Mapping, dict) else kind.__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
-    return f". Did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(known))}"
-
-
-def _dot(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
 
 
 def _cross_check(run: Run) -> None:
@@ -444,7 +313,7 @@ def _check_least(run: Run) -> None:
         if not 0 <= getattr(run.base, name, 0) <= 1:
             raise ConfigError(f"base.{name} = {getattr(run.base, name)} is a share: give a number between 0 and 1")
     signed = ("tasks.", "policies.", "sampling.temperature", "sampling.top_p")  # these have words of their own
-    for key, value in _flat(to_dict(run)).items():
+    for key, value in flat(to_dict(run)).items():
         if isinstance(value, int | float) and value < 0 and not key.startswith(signed):
             raise ConfigError(f"{key} = {value} must not be negative")
 
@@ -493,7 +362,7 @@ def _check_policy(run: Run, learner: Learner) -> None:
             f"fit: set learner.ratio = {needs!r}, or take loss = 'grpo' (GSPO) or 'luspo' for ratio = 'sequence'"
         )
     if learner.loss not in LOSSES:
-        raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{_nearest(learner.loss, LOSSES)}")
+        raise ConfigError(f"learner.loss = {learner.loss!r} is not a loss of TRL 1.16{nearest(learner.loss, LOSSES)}")
     if isinstance(run.credit, MaxRL) and run.length.overlong:
         raise ConfigError(
             f"credit.kind = 'maxrl' divides by the mean reward, which length.overlong = {run.length.overlong} may turn "
@@ -541,7 +410,7 @@ def check_search(search: Search, score: ScoreKind | None, engine: Offered, where
             if check:
                 check(engine)
         except ValueError as error:
-            raise ConfigError(f"{_dot(where, key)}: {error}") from None
+            raise ConfigError(f"{dotted(where, key)}: {error}") from None
 
 
 def _check_comparison(comparison: Comparison) -> None:
@@ -604,7 +473,7 @@ def _check_workers(learner: Learner, engine: Placement) -> None:
 
 def _check_policies(policies: Mapping[str, Any]) -> None:
     for name, policy in policies.items():
-        _expect(policy, Mapping, f"policies.{name}")
+        expect(policy, Mapping, f"policies.{name}")
         try:
             get(name, **policy)
         except ValueError as error:

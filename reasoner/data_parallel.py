@@ -22,7 +22,7 @@ from ray.train.torch import TorchTrainer
 
 from reasoner.config import Learner
 from reasoner.credit import Sample
-from rollouts.fleet import ClusterError
+from rollouts.host import ClusterError
 
 SNAPSHOT = "snapshot"  # an order, in place of a batch
 POLL = 1.0  # seconds between two looks at whether the workers are alive

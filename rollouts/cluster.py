@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
 import itertools
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -22,20 +20,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rollouts.actor import EngineActor, last_line
 from rollouts.admission import Admission
-from rollouts.fleet import ClusterError, Deadlines, EngineState, Fleet, Lost, NoRoom, Refused, Weights
+from rollouts.fleet import EngineState, Fleet
+from rollouts.host import ClusterError, Deadlines, Lost, NoRoom, Refused, Weights
 from rollouts.request import Placement, Replies, Reply, Request
 from rollouts.writing import write
 from search.base import END, Offer, Sampling, Trajectory, Until
@@ -90,7 +89,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"this machine is no node of the Ray cluster at {address!r} ({_last_line(error)}): join it first with "
+            f"this machine is no node of the Ray cluster at {address!r} ({last_line(error)}): join it first with "
             "`ray start --address=ADDRESS`, or submit the run with `ray job submit` (docs/cluster.md)"
         ) from error
 
@@ -246,7 +245,7 @@ class _Host:
     async def start(self, seat: int, room: float) -> _Remote:
         node = await asyncio.to_thread(self._node, seat, room)
         bundle = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=seat)
-        actor = ray.remote(_Actor).options(scheduling_strategy=bundle, **self._options)
+        actor = ray.remote(EngineActor).options(scheduling_strategy=bundle, **self._options)
         return _Remote(actor.remote(*self._arguments), node)
 
     def _node(self, seat: int, room: float) -> str:
@@ -325,110 +324,12 @@ class _Remote:
         ray.kill(self._actor)
 
 
-class _Actor:
-    """What Ray runs: an engine, imported on the worker so that the driver never loads vllm.
-
-    Tells what breaks as Lost (the engine cannot go on) or Refused (it can), in words: the driver knows none of the
-    engine's own exceptions.
-    """
-
-    def __init__(self, engine: str, checkpoint: str, placement: Placement, seed: int) -> None:
-        self._make, self._arguments = engine, (checkpoint, placement, seed)
-        self._engine: Any = None
-        self._said: list[tuple[int, Replies | Exception]] = []  # by number of the call, not yet sent
-        self._news = asyncio.Event()
-
-    async def ready(self) -> int:
-        """The version of the weights being served; returns once the engine can work."""
-        async with self._telling():
-            if self._engine is None:
-                _require_folder(self._arguments[0])
-                module, name = self._make.split(":")
-                self._engine = getattr(importlib.import_module(module), name)(*self._arguments)
-            return await self._engine.ready()
-
-    async def pids(self) -> list[int]:
-        """This process and those it started."""
-        me = psutil.Process()
-        return [me.pid, *(child.pid for child in me.children(recursive=True))]
-
-    async def usage(self) -> dict[str, Any]:
-        async with self._telling():
-            return await self._engine.usage()
-
-    async def extend(self, number: int, requests: list[Request]) -> None:
-        """Sample; what comes of it goes out with `replies`, under this number."""
-        try:
-            async with self._telling():
-                async for complete in self._engine.extend(requests):
-                    self._say(number, complete)
-        except (Lost, Refused) as error:
-            self._say(number, error)
-
-    def _say(self, number: int, told: Replies | Exception) -> None:
-        self._said.append((number, told))
-        self._news.set()
-
-    async def replies(self) -> AsyncIterator[list[tuple[int, Replies | Exception]]]:
-        """What comes of every call, for ever. What is there at one moment goes out in one piece."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            said, self._said = self._said, []
-            yield said
-
-    async def drop(self, numbers: list[int]) -> None:
-        async with self._telling():
-            await self._engine.drop(numbers)
-
-    async def init_weight_transfer_engine(self, info: dict) -> None:
-        async with self._telling():
-            await self._engine.init_weight_transfer_engine(info)
-
-    async def start_weight_update(self) -> None:
-        async with self._telling():
-            await self._engine.start_weight_update()
-
-    async def update_weights(self, data: np.ndarray, digest: str) -> None:
-        """`data` (bytes of a safetensors file) lies in the node's object store, which the engine's workers cannot read:
-        they get it as a file in memory, which ends with this process."""
-        async with self._telling():
-            with os.fdopen(os.memfd_create("weights"), "wb") as file:
-                file.write(data)
-                file.flush()
-                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-                await self._engine.update_weights({"path": path, "digest": digest})
-
-    async def finish_weight_update(self, version: int) -> int:
-        async with self._telling():
-            return await self._engine.finish_weight_update(version)
-
-    async def checksums(self) -> dict[str, str]:
-        async with self._telling():
-            return await self._engine.checksums()
-
-    @asynccontextmanager
-    async def _telling(self) -> AsyncIterator[None]:
-        try:
-            yield
-        except Exception as error:
-            words = f"{type(error).__name__}: {_last_line(error)}"
-            raise (Lost if self._engine is not None and self._engine.dead else Refused)(words) from None
-
-
-def _require_folder(checkpoint: str) -> None:
-    if not Path(checkpoint).is_dir():
-        raise ClusterError(
-            f"{checkpoint} is not on node {platform.node()}: put it (--cache) on a file system that all nodes see"
-        )
-
-
 def _told(error: Exception) -> Exception:
     """A Ray error as what it means for the engine."""
     if isinstance(error, ray.exceptions.RayTaskError):
         if isinstance(error.cause, Lost | Refused):
             return error.cause
-        return Lost(_last_line(error))
+        return Lost(last_line(error))
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return Lost("Ray killed it: its node is out of memory")
     return Lost("its process or its node died")
@@ -498,8 +399,3 @@ def _shortage(placement: Placement) -> str:
 def _fit(node: dict[str, float], placement: Placement) -> float:
     """How many engines a node has room for."""
     return min(node.get("CPU", 0), node.get("GPU", 0) / placement.gpus if placement.gpus else float("inf"))
-
-
-def _last_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[-1][:500] if text else type(error).__name__

@@ -8,8 +8,8 @@ A restarted engine holds the weights of its checkpoint. It gets the newest ones,
 checked, and only then it gets work; what its predecessor was asked is asked again with the same seeds.
 
 Lives in a thread of its own, so that a death is noticed and mended while the learner computes or another event loop
-waits. Knows neither Ray nor vLLM: where engines live is a `Host`. Neighbours: `cluster` hosts them in Ray actors and
-shows them to searches as one `Engine`.
+waits. Knows neither Ray nor vLLM: where engines live is a `Host`, and `host` says what is asked of it. Neighbour:
+`cluster` hosts engines in Ray actors and shows them to searches as one `Engine`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from rollouts.host import ClusterError, Deadlines, Host, Lost, NoRoom, Refused, Remote, Weights
 from rollouts.request import Replies, Reply, Request
 from search.tree import Ledger
 
@@ -33,35 +34,6 @@ TRIES = 5  # engines that may be lost over one request before the request itself
 MEMORY = 1000  # events kept for whoever starts recording later
 
 State = Literal["starting", "updating", "serving", "restarting", "dead"]
-
-
-class ClusterError(RuntimeError):
-    """What a person can mend: an address that does not answer, too few resources, engines that keep dying."""
-
-
-class Lost(Exception):
-    """An engine is dead, hung or wrong, and must be replaced. Says why."""
-
-
-class Refused(Exception):
-    """An engine is well and will not do this: another one would not either. Says why."""
-
-
-class NoRoom(Exception):
-    """No node has the resources that an engine needs. Says what is missing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Seconds after which an engine counts as hung, by what it was asked for."""
-
-    room: float = 20.0  # until some node has room for it
-    start: float = 300.0  # until it has loaded its checkpoint
-    sync: float = 120.0  # for one phase or one file of a weight push
-    beat: float = 60.0  # to say which weights it serves, between two steps of its model
-    reply: float = 300.0  # to send a reply, or the empty list that says it is still at work
-    every: float = 2.0  # from one beat to the next
-    retry: float = 60.0  # until a dead engine is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +49,6 @@ class EngineState:
     requests: int  # asked of it and not answered; at a restart, those that are asked again
     node: str
     why: str = ""  # of a restart or a death
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One pushed version of the policy. Kept until the next, for engines that restart."""
-
-    version: int
-    chunks: tuple[tuple[Any, str], ...]  # (what `Remote.call` carries to an engine, the digest it must have there)
-    sums: dict[str, str] = field(default_factory=dict)  # checksums of the loaded tensors, from the first engine
-
-
-class Remote(Protocol):
-    """One living engine. All calls raise Lost when it is gone and Refused when it is well but will not."""
-
-    node: str
-
-    def call(self, method: str, *args: Any) -> Awaitable[Any]: ...
-
-    def extend(self, requests: list[Request]) -> AsyncIterator[Replies]: ...
-
-    def kill(self) -> None: ...
-
-
-class Host(Protocol):
-    """Where engines live."""
-
-    async def start(self, seat: int, room: float) -> Remote:
-        """A new engine in that seat, which may still be loading. Raises NoRoom after `room` seconds."""
-        ...
-
-    def stop(self) -> None: ...
 
 
 class _Job:

@@ -281,7 +281,7 @@ class WithKey:
 
     pool: Pool
     engine: Engine
-    score: ScoreKind | None = None
+    score: OpenScore | KeyedScore | None = None
 
     def score_of(self, task: Task) -> Score | None:
         if hasattr(self.score, "unlock"):

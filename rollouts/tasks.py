@@ -256,7 +256,7 @@ def _tasks(rows: Iterable[Row], prompt: str, reference: str, id: str, verifier: 
 
 def _take(row: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in row:
-        raise ValueError(f"{where}: no field {key!r}{_nearest(key, row)}")
+        raise ValueError(f"{where}: no field {key!r}{nearest(key, row)}")
     return row[key]
 
 
@@ -269,7 +269,7 @@ def messages(template: str, fields: Mapping[str, Any], where: str) -> tuple[Mess
         if name not in fields:
             raise ValueError(
                 f"{where}: prompt={template!r} names the field {name!r}, which is not there or would show the reference"
-                f"{_nearest(name, fields)}; write {{{{ and }}}} for braces in the text"
+                f" (for braces in the text write {{{{ and }}}}){nearest(name, fields)}"
             )
     if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(fields[names[0]], list):
         return _checked(fields[names[0]], where)
@@ -304,11 +304,11 @@ def _generator(dataset: str, params: dict[str, Any]) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if dataset not in DATASETS:
-        raise ValueError(f"reasoning-gym has no dataset {dataset!r}{_nearest(dataset, DATASETS)}")
+        raise ValueError(f"reasoning-gym has no dataset {dataset!r}{nearest(dataset, DATASETS)}")
     known = [f.name for f in dataclasses.fields(DATASETS[dataset][1])]
     for key in params:
         if key not in known:
-            raise ValueError(f"{dataset} has no parameter {key!r}{_nearest(key, known)}")
+            raise ValueError(f"{dataset} has no parameter {key!r}{nearest(key, known)}")
     try:
         return reasoning_gym.create_dataset(dataset, **params)
     except (AssertionError, TypeError) as error:  # the library checks its parameters by assert
@@ -326,7 +326,8 @@ def _dataset(name: str, subset: str, split: str) -> Any:
         raise ValueError(f"cannot load split {split!r} of {name!r} (subset {subset!r}): {error}") from None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What the message about an unknown name ends with: the known name that is most like it, or the first thirty."""
     known = sorted(map(str, known))
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known[:30])}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f". Did you mean {close[0]}?" if close else f". Known: {', '.join(known[:30])}"

@@ -339,7 +339,7 @@ def at_k(
     if method == "best":
         scores = np.where(draws.labels < len(names), draws.weights, -math.inf).tolist()  # unfinished ones last
         return AtK(best_of_k(scores, np.append(worth, 0.0)[draws.labels].tolist(), k), True, 0, 0.0)
-    if method == "vote":
+    if method == "vote" or method in ("prm", "weighted") and not draws.weights.any():  # then all paths count alike
         counts = np.bincount(draws.labels, minlength=len(names) + 1).tolist()
         return AtK(maj_at_k(counts[:-1], worth.tolist(), k, blank=counts[-1]), True, 0, 0.0)
     exact = math.comb(n, k) <= subsets

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from reasoner.config import ConfigError, _build, _flat, load, load_any, to_dict
+from reasoner.config import KINDS, ConfigError, load, load_any, to_dict
+from reasoner.typed_toml import build, flat
 from search import Beam
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_a_mistake_is_named_with_its_remedy(override, names):
 @pytest.mark.parametrize("name", ["quickstart", "search", "star"])
 def test_no_value_at_any_key_is_more_than_a_mistake_of_one_line(name, value):
     path = ROOT / "configs" / f"{name}.toml"
-    leaves = _flat(to_dict(load_any(path)))
+    leaves = flat(to_dict(load_any(path)))
     tables = {key.rsplit(".", i)[0] for key in leaves for i in range(1, key.count(".") + 1)}
     for key in sorted(leaves.keys() | tables):
         try:
@@ -122,7 +123,7 @@ def test_overrides_reach_nested_keys_and_keep_their_types():
 
 @pytest.mark.parametrize("until", ["end", 16])
 def test_a_key_of_two_types_takes_both(until):
-    assert _build(Beam, {"until": until}, "search").until == until
+    assert build(Beam, {"until": until}, KINDS, "search").until == until
 
 
 def test_the_resolved_config_says_the_kind_of_every_strategy():

@@ -10,7 +10,8 @@ from reasoner.credit import Sample
 from reasoner.data_parallel import learn_together, share
 from reasoner.learner import learn
 from reasoner.model import ReasonerConfig, ReasonerForCausalLM, char_tokenizer
-from rollouts.cluster import ClusterError, cluster
+from rollouts.cluster import cluster
+from rollouts.host import ClusterError
 
 
 def batch(seed: int, count: int = 7) -> list[Sample]:

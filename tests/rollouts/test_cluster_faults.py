@@ -12,8 +12,9 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.numpy import save_file
 
-from rollouts.cluster import ClusterError, Engines, _Actor, cluster
-from rollouts.fleet import Deadlines, Refused
+from rollouts.actor import EngineActor
+from rollouts.cluster import Engines, cluster
+from rollouts.host import ClusterError, Deadlines, Refused
 from rollouts.request import Placement
 from rollouts.scripted_engine import SCRIPTED
 from search.base import Sampling, Trajectory, derive
@@ -168,7 +169,7 @@ def test_a_cluster_with_too_few_resources_says_at_once_what_is_missing(nodes, ch
 
 def test_a_checkpoint_that_a_node_does_not_see_is_told_by_that_node(tmp_path):
     with pytest.raises(Refused, match="missing is not on node .* file system that all nodes see"):
-        asyncio.run(_Actor(SCRIPTED, str(tmp_path / "missing"), Placement(), 0).ready())
+        asyncio.run(EngineActor(SCRIPTED, str(tmp_path / "missing"), Placement(), 0).ready())
 
 
 def test_resources_that_others_hold_are_named(engines, checkpoint):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from rollouts.fleet import ClusterError, Deadlines, Fleet, Lost, NoRoom, Refused, Weights
+from rollouts.fleet import Fleet
+from rollouts.host import ClusterError, Deadlines, Lost, NoRoom, Refused, Weights
 from rollouts.request import Placement, Request
 from rollouts.scripted_engine import PACE, ScriptedEngine
 from search.base import END, Sampling
@@ -121,6 +122,12 @@ def fleet(tmp_path):
 
 def request(seed, room=24):
     return Request((1, 2, 3), (seed, seed + 1000), room, END, Sampling())
+
+
+async def reached(fleet):
+    """Returns once an engine has been asked for paths."""
+    while not any(method == "extend" for _, _, method in fleet._host.log):
+        await asyncio.sleep(0.002)
 
 
 async def ask(fleet, *numbers, room=24):
@@ -308,7 +315,7 @@ def test_a_cancelled_request_is_not_asked_again(fleet):
 
     async def cancel_and_die():
         reply = fleet.ask(0, request(LONG))
-        await asyncio.sleep(0.01)
+        await reached(fleet)
         reply.cancel()
         fleet._host.now[0].gone.set()
 
@@ -324,7 +331,7 @@ def test_what_was_cancelled_is_dropped_by_its_engine_and_what_was_not_goes_on(fl
 
     async def cancel_most():
         asked = [fleet.ask(0, request(seed)) for seed in range(8)] + [fleet.ask(0, endless)]
-        await asyncio.sleep(0.02)
+        await reached(fleet)
         for reply in [*asked[:6], asked[8]]:
             reply.cancel()
         return steps([await reply for reply in asked[6:8]])

@@ -36,13 +36,13 @@ def questions(tasks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset": "chain_sun"}, "did you mean 'chain_sum'"),
-        ({"params": {"max_term": 3}}, "did you mean 'max_terms'"),
+        ({"dataset": "chain_sun"}, "Did you mean chain_sum"),
+        ({"params": {"max_term": 3}}, "Did you mean max_terms"),
         ({"params": {"seed": 3}}, "params.seed = 3 would be overwritten"),
         ({"params": {"size": 9}}, "params.size = 9 would be overwritten"),
         ({"params": {"min_terms": 5, "max_terms": 2}}, "max_terms must be >= min_terms"),
         ({"prompt": "{answer}"}, "would show the reference"),
-        ({"prompt": "{expresion} ="}, "did you mean 'expression'"),
+        ({"prompt": "{expresion} ="}, "Did you mean expression"),
         ({"prompt": "{question} \\boxed{}"}, re.escape("write {{ and }}")),
         ({"prompt": "{question"}, re.escape("write {{ and }}")),
         ({"heldout": 0}, "heldout=0"),
@@ -76,8 +76,8 @@ def test_generator_can_be_used_up_to_its_last_question():
     [
         ('{"question": "1", "answer": "1"}\n{"question": \n', "train.jsonl, line 2"),
         ("\n\n[1]\n", "line 3: list instead of an object"),
-        ('{"question": "1", "anwser": "1"}\n', "row 1: no field 'answer'; did you mean 'anwser'"),
-        ('{"questions": "1", "answer": "1"}\n', "did you mean 'questions'"),
+        ('{"question": "1", "anwser": "1"}\n', "row 1: no field 'answer'. Did you mean anwser"),
+        ('{"questions": "1", "answer": "1"}\n', "Did you mean questions"),
         ("", "no training tasks"),
     ],
 )
