@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         again = "; go on with `reasoner train --resume RUN`" if args.call is _train else ""
         print(f"reasoner: stopped; what the run has written so far is whole{again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, e.g. `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return 1
     except Exception as error:
         if args.debug or not _mendable(error):
             raise
@@ -61,41 +64,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, call: Any, help_: str, *, config: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, call: Any, help_: str, *, config: str = "quickstart") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.set_defaults(call=call)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
         if config:
             sub.epilog = "Any key of the config can be overridden: --steps=10 --learner.lr=1e-4"
             many = "?" if name == "train" else None
-            sub.add_argument("config", type=Path, nargs=many, help="a TOML file, e.g. configs/quickstart.toml")
+            sub.add_argument("config", type=Path, nargs=many, help=f"a TOML file, e.g. configs/{config}.toml")
         return sub
 
-    where = "start Ray here, join a running cluster, or connect to one (default: local)"
-    sub = command(
-        "train", _train, "train a model (by policy gradients or in rounds of STaR) and evaluate it before and after"
-    )
-    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
+    def on_engines(sub: argparse.ArgumentParser, *, checkpoint: bool) -> argparse.ArgumentParser:
+        if checkpoint:
+            about = "folder of a checkpoint (default: the config's base model)"
+            sub.add_argument("--checkpoint", type=Path, metavar="DIR", help=about)
+        where = "start Ray here, join the cluster of this machine, or name one (default: local)"
+        sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
+        return sub
+
+    help_ = "train a model, by policy gradients or in rounds of STaR, and evaluate it before and after"
+    sub = on_engines(command("train", _train, help_), checkpoint=False)
     sub.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, e.g. runs/quickstart")
-    sub.add_argument("--dry-run", action="store_true", help="check all, print the plan, load and write nothing")
-    sub = command("eval", _eval, "evaluate a checkpoint on the held-out tasks")
-    sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
-    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
-    sub = command("search", _search, "run searches side by side on the held-out tasks, at one budget of tokens")
+    sub.add_argument("--dry-run", action="store_true", help="check and print the plan; load and write nothing")
+    on_engines(command("eval", _eval, "evaluate a checkpoint on the held-out tasks"), checkpoint=True)
+    help_ = "compare searches on the same held-out tasks, each with the same budget of generated tokens"
+    sub = on_engines(command("search", _search, help_, config="search"), checkpoint=True)
     sub.epilog = "Any key of the config can be overridden: --budget=500 --export=99 (trees of 99 training tasks)"
-    sub.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the config's base model)")
-    sub.add_argument("--ray", default="local", metavar="local|auto|ADDRESS", help=where)
-    command("check", _check, "validate a config without loading a model, and print what it will use")
-    sub = command("report", _report, "build report.html of a run, also while it goes on", config=False)
+    command("check", _check, "check a config without loading a model, and print what it will use")
+    sub = command("report", _report, "write report.html of a run; works while the run goes on", config="")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/quickstart")
-    sub = command("verify", verify.run, "judge answers, files of answers, or a verifier itself", config=False)
+    sub = command("verify", verify.run, "judge one answer or a file of answers, or test a verifier", config="")
     verify.add_arguments(sub)
-    sub = command("prm", prm_command.run, "process reward models: label steps, train, measure", config=False)
+    sub = command("prm", prm_command.run, "process reward models: label steps, train, measure", config="")
     prm_command.add_arguments(sub)
-    help_ = "make a dense Llama-style checkpoint into one of ours: MLA and experts"
-    convert_command.add_convert_arguments(command("convert", convert_command.convert, help_, config=False))
-    help_ = "heal a converted checkpoint by soft labels from its original"
-    convert_command.add_distill_arguments(command("distill", convert_command.distill, help_, config=False))
+    help_ = "turn a dense Llama-style checkpoint into one with latent attention (MLA) and experts"
+    convert_command.add_convert_arguments(command("convert", convert_command.convert, help_, config=""))
+    help_ = "train a converted checkpoint to match its original, by distillation"
+    convert_command.add_distill_arguments(command("distill", convert_command.distill, help_, config=""))
     return parser
 
 
@@ -106,6 +111,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(plan(run))
         return
+    from rich.console import Console
+
     from reasoner.progress import Screen, comparison
     from reasoner.report import write_report
     from reasoner.train import train
@@ -114,9 +121,6 @@ def _train(args: argparse.Namespace) -> None:
     screen = Screen()
     folder = train(run, ray=args.ray, screen=screen, resume=args.resume)
     summary = json.loads((folder / "summary.json").read_text())
-    screen.console.file.flush()
-    from rich.console import Console
-
     Console(highlight=False).print(comparison(summary))
     seconds = summary["seconds"]
     parts = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items() if name not in ("total", "verify") and s >= 0.5)

@@ -36,24 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stated equalities | other paths of the group | n continuations of each step | of some, by bisection",
     )  # fmt: skip
     sub.add_argument("--n", type=int, default=8, help="continuations of a step (default: 8)")
-    sub.add_argument("--hard", action="store_true", help="with rollouts: 1 where any continuation is right")
-    sub.add_argument("--limit", type=int, help="label so many distinct paths at most")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--hard", action="store_true", help="with --by rollouts: 1 if any continuation is right, else 0")
+    sub.add_argument("--limit", type=int, help="label at most this many distinct paths")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="a JSONL file to write")
 
     sub = verb("train", _train, "train a generative model on labelled steps: + or - behind each step")
     sub.add_argument("labels", type=Path, help="a file that `reasoner prm label` wrote")
     sub.add_argument("--base", type=Path, required=True, help="folder of the checkpoint to start from")
-    sub.add_argument("--steps", type=int, default=800)
-    sub.add_argument("--batch", type=int, default=24, help="paths per step")
-    sub.add_argument("--lr", type=float, default=8e-4)
+    sub.add_argument("--steps", type=int, default=800, help="optimizer steps (default: 800)")
+    sub.add_argument("--batch", type=int, default=24, help="paths per step (default: 24)")
+    sub.add_argument("--lr", type=float, default=8e-4, help="learning rate (default: 8e-4)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
     sub = verb("implicit", _implicit, "take the log-ratio of an outcome-trained model to its reference as the judge")
     sub.add_argument("trained", type=Path, help="folder of the outcome-trained checkpoint")
     sub.add_argument("--reference", type=Path, required=True, help="folder of the checkpoint that it was trained from")
-    sub.add_argument("--beta", type=float, default=0.05, help="how much a nat of log-ratio counts")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--beta", type=float, default=0.05, help="how much a nat of log-ratio counts (default: 0.05)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
     sub = verb("bench", _bench, "F1 of a model at naming the first wrong step, and its calibration error")
     sub.add_argument("file", type=Path, help="JSONL: problem, steps, label = index of the first wrong step or -1")
