@@ -2,9 +2,10 @@ r"""Step scores without a trained model: every equality between numbers that a s
 
 `3 + 4 = 7` earns its step 1.0, `3 + 4 = 8` earns it 0.0; a step that claims nothing checkable earns 1.0, as no
 error was found in it. What has a symbol in it (`2x = 6`), and what is cut by words (`3 apples + 4`), is not judged:
-a false alarm teaches more harm than a miss. Knows no reference. Neighbours: `verifiers.math` judges the final
-answer, `verifiers.proof` the equalities. Limit: arithmetic only. A step that is true but useless scores 1.0;
-learned and Monte-Carlo step values fill the same `Verdict.steps`.
+a false alarm teaches more harm than a miss. So a step that is true but useless scores 1.0, unless `rule = "rewrite"`
+asks that each step carries out a part of the question's expression (`rewriting`). Knows no reference. Neighbours:
+`verifiers.math` judges the final answer, `verifiers.proof` the equalities. Limit: arithmetic only; learned and
+Monte-Carlo step values fill the same `Verdict.steps`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from verifiers.base import Task, Verdict
 from verifiers.expression import Tree, Unreadable, normalise, parse
 from verifiers.forms import as_decimal, rounds
 from verifiers.math import Math
+from verifiers.rewriting import Left, plain
 
 CLAIMS = 200  # equalities checked in one step
 WORK = 25 * numbers.BUDGET  # of all steps of one response, about a second; what comes after it is not checked
@@ -62,8 +64,11 @@ class ProcessMath:
 
     delimiter: str = "\n"  # ends a step, as in the sampling settings of an engine
     outcome: Math = field(default_factory=Math)  # or its policy as a table, {form = "simplest"}
+    rule: Literal["true", "rewrite"] = "true"  # a step may state nothing false; must carry out a part of what is left
 
     def __post_init__(self) -> None:
+        if self.rule not in FAULTS:
+            raise ValueError(f"process_math rule={self.rule!r} is unknown: choose one of {', '.join(FAULTS)}")
         if isinstance(self.outcome, Mapping):
             object.__setattr__(self, "outcome", get("math", **self.outcome))
         if not self.delimiter:
@@ -74,26 +79,37 @@ class ProcessMath:
     def verify(self, task: Task, response: str) -> Verdict:
         start = time.perf_counter()
         verdict = self.outcome.verify(task, response)
-        steps = step_scores(response, delimiter=self.delimiter)
+        if self.rule == "rewrite":
+            steps = tuple(map(float, rewritings(task.question, response, delimiter=self.delimiter)))
+        else:
+            steps = step_scores(response, delimiter=self.delimiter)
         wrong = first_wrong(steps)
         return replace(
             verdict,
             steps=steps,
             why=verdict.why
             if wrong is None
-            else f"{verdict.why}; step {wrong + 1} of {len(steps)} states a false equality",
+            else f"{verdict.why}; step {wrong + 1} of {len(steps)} {FAULTS[self.rule]}",
             seconds=time.perf_counter() - start,
             evidence={**verdict.evidence, "first_wrong_step": wrong},
         )
 
     def check(self, task: Task) -> None:
         self.outcome.check(task)
+        if self.rule == "rewrite":
+            asked(task.question)
 
     def answer(self, response: str) -> str | None:
         return self.outcome.answer(response)
 
     def equal(self, left: str, right: str) -> bool:
         return self.outcome.equal(left, right)
+
+
+FAULTS = {
+    "true": "states a false equality",
+    "rewrite": "carries out no part of what is left of the question's expression",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +180,47 @@ def findings(text: str, *, delimiter: str = "\n") -> tuple[bool | None, ...]:
         found.append(verified(step) if "=" in step and left > 0 else None)
         left -= READING + numbers.spent() if "=" in step else 0
     return tuple(found)
+
+
+def rewritings(question: str, text: str, *, delimiter: str = "\n") -> tuple[bool, ...]:
+    """Of each step whether it carries out a part of what is then left of the question's expression, and no step less;
+    the last one may say an answer instead, without an equality. Raises ValueError as `asked` does."""
+    left, budget = Left(asked(question)), float(WORK)
+    steps = text.split(delimiter)
+    if steps and not steps[-1]:
+        steps.pop()
+    found = []
+    for step in steps:
+        found.append(budget > 0 and _carries_out(left, step))
+        budget -= READING + numbers.spent()
+    if steps and "=" not in steps[-1]:
+        found[-1] = True
+    return tuple(found)
+
+
+def asked(question: str) -> Tree:
+    """The one expression of numbers in a question, taken to be what it asks for (and not "half of 3 + 4"). Raises
+    ValueError when it has none, or several."""
+    text = _TIMES.sub("*", _MARKS.sub(" ", question))
+    stretches = (_arithmetic(match.group().strip(" =\n")) for match in _FORMULA.finditer(text))
+    found = [tree for tree in stretches if tree is not None and plain(tree)[0] not in ("num", "pct")]
+    if len(found) != 1:
+        raise ValueError(
+            f"the question {question[:200]!r} has {len(found)} expressions of numbers, and process_math with "
+            "rule='rewrite' follows how one is worked out: use rule='true'"
+        )
+    return found[0]
+
+
+def _carries_out(left: Left, step: str) -> bool:
+    """Whether every chain of equalities in a step does, and there is one."""
+    numbers.begin()
+    text = _TIMES.sub("*", _MARKS.sub(" ", _CALCULATOR.sub(" ", _LABEL.sub("", step, count=1))))
+    chains = [[_arithmetic(part) for part in formula.split("=")] for formula, _ in _formulas(text)]
+    try:
+        return bool(chains) and all(None not in chain and left.carry_out(chain) for chain in chains)
+    except numbers.Exhausted:
+        return False  # nothing was shown
 
 
 def first_wrong(scores: tuple[float, ...]) -> int | None:
