@@ -8,13 +8,14 @@ driver      CPU time of the driver for 1,000 tokens of a beam, on an engine in a
 engine      64 questions in flight on one vLLM engine. Steady: tokens a second while 64 searches are always under way,
             beam against plain sampling, in alternating windows. Whole: 64 questions from the first call to the last
             answer, by self-consistency, best-of-n and beam; its_hub on the same engine and questions if it is found
+pretrained  the steady windows on SmolLM2-135M-Instruct in bfloat16: at least a minute each, since it writes slowly
 
-    python -m benchmarks.search [estimators] [searches] [judge] [driver] [engine] [--tasks 64] [--seconds 10]
-    pip install --target its_hub --no-deps its-hub; PYTHONPATH=its_hub python -m benchmarks.search engine
+    python -m benchmarks.search [part ...] [--tasks 64] [--seconds 10]
 
 The engine part serves a Markov chain that writes about 100 tokens in steps of about 16, on a llama of 8 layers that
-compute zeros: answers and lengths are the chain's, the time is that of a small real model. its_hub runs in this process
-on the very engine object, which spares it the HTTP server that it is usually used with: the comparison flatters it.
+compute zeros: answers and lengths are the chain's, the time is that of a small real model. its_hub (see
+`benchmarks.search_peer` for how to add it) runs twice: in this process on the very engine object, which spares it what
+it is usually used with, and through its own client on vLLM's server with the same settings.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.search_peer import its_hub
 from search import SEARCHES, bind, estimate, explore
 from search.base import Sampling, Step, Trajectory, derive
 from search.beam import Beam
@@ -334,10 +338,37 @@ def engine(tasks: int, seconds: float, turns: int) -> dict:
             with asyncio.Runner() as runner:
                 runner.run(_sampled(served, Trajectory(prompts[0], seed=0)))  # warm up
                 steady = runner.run(_steady(served, prompts, seconds))
-                whole = runner.run(_whole(served, chain, prompts, Path(folder), turns))
+                with its_hub(served, chain, prompts, Path(folder), N) as theirs:
+                    whole = runner.run(_whole(served, theirs, prompts, turns))
         finally:
             served.stop()
     return {"tasks": tasks, "n": N, "steady": steady, "whole": whole, "load": os.getloadavg()}
+
+
+def pretrained(tasks: int, seconds: float) -> list[dict]:
+    from transformers import AutoTokenizer
+
+    from reasoner.base_model import Gguf
+    from rollouts.cluster import Engines, cluster
+    from rollouts.request import Placement
+    from rollouts.roll_out import encode
+    from rollouts.tasks import ReasoningGym
+
+    checkpoint = Gguf().prepare([], Path("cache"), 0, lambda *_: None)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ask = "Solve this step by step, and say the answer at the end: {expression}"
+    sums = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    questions, _ = ReasoningGym("chain_sum", sums, train=tasks, heldout=1, prompt=ask).load()
+    prompts = [encode(tokenizer, question) for question in questions]
+    placement = Placement(max_model_len=512, max_num_seqs=256, kv_cache_gib=2.0, dtype="bfloat16")
+    with cluster("local"):
+        served = Engines.start(checkpoint, placement, Sampling(max_tokens=96, temperature=0.5), seed=1)
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(_sampled(served, Trajectory(prompts[0], seed=0)))  # warm up
+                return runner.run(_steady(served, prompts, max(seconds, 60.0)))
+        finally:
+            served.stop()
 
 
 async def _sampled(engine, root: Trajectory) -> Ledger:
@@ -390,7 +421,7 @@ async def _window(engine, prompts, name: str, run: Callable, seconds: float, tur
     }
 
 
-async def _whole(engine, chain: Chain, prompts, folder: Path, turns: int) -> list[dict]:
+async def _whole(engine, theirs: dict[str, Callable], prompts, turns: int) -> list[dict]:
     """All questions at once, from the first call to the last answer."""
 
     def all_by(run: Callable) -> Callable:
@@ -412,7 +443,7 @@ async def _whole(engine, chain: Chain, prompts, folder: Path, turns: int) -> lis
         "ours: self-consistency": all_by(_explored(Sample(n=N))),
         "ours: best-of-n": all_by(_explored(BestOf(n=N))),
         "ours: beam 4x4": all_by(_explored(Beam(width=4, branch=4))),
-        **_its_hub(engine, chain, prompts, folder),
+        **theirs,
     }
     rows = []
     for name, run in runs.items():
@@ -435,95 +466,20 @@ async def _whole(engine, chain: Chain, prompts, folder: Path, turns: int) -> lis
 def _compare(rows: list[dict]) -> None:
     """its_hub in its fastest setting against ours on the same questions: seconds, and tokens where it drew others."""
     found = {row["run"]: (statistics.median(row["seconds"]), row["tokens"]) for row in rows}
-    for method in ("self-consistency", "best-of-n", "beam 4x4"):
-        theirs = [value for run, value in found.items() if run.startswith(f"its_hub: {method}")]
+    for where, method in product(("its_hub", "its_hub over HTTP"), ("self-consistency", "best-of-n", "beam 4x4")):
+        theirs = [value for run, value in found.items() if run.startswith(f"{where}: {method}")]
         if theirs:
             seconds, tokens = min(theirs)
             ours, drawn = found[f"ours: {method}"]
             rate = (drawn / ours) / (tokens / seconds)
-            print(f"{method}: its_hub takes {seconds / ours:.2f} of our seconds, {tokens / drawn:.2f} of our tokens")
+            print(f"{method}: {where} takes {seconds / ours:.2f} of our seconds, {tokens / drawn:.2f} of our tokens")
             print(f"{'':34}our tokens a second / its: {rate:.2f}")
-
-
-def _its_hub(engine, chain: Chain, prompts, folder: Path) -> dict:
-    try:
-        from its_hub.api import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel
-        from its_hub.core.algorithms.beam_search import BeamSearch
-        from its_hub.core.algorithms.bon import BestOfN
-        from its_hub.core.algorithms.self_consistency import SelfConsistency
-        from its_hub.core.lms.step_generation import StepGeneration
-        from its_hub.core.orchestrator import LMOrchestrator
-    except ImportError:
-        print("its_hub is not found: its rows are LEFT OUT (see --help for how to add it)")
-        return {}
-    from transformers import AutoTokenizer
-
-    from search.base import END, STEP
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
-
-    class Served(AbstractLanguageModel):
-        """The same engine under its_hub's interface: text in, text out."""
-
-        generated = 0
-        calls = 0
-
-        async def agenerate_single(self, messages, stop=None, **settings):
-            said = messages[-1].content if messages[-1].role == "assistant" else ""
-            Served.calls += 1
-            ids = (chain.start, *encode(messages[0].content), *encode(said))
-            path = Trajectory(ids, seed=derive("its_hub", Served.calls))
-            (grown,) = await engine.extend(path, until=STEP if stop else END)
-            Served.generated += grown.sampled_tokens
-            text = grown.text.removesuffix(stop) if stop else grown.text
-            return {"role": "assistant", "content": text if grown.end is None else text + "<end>"}
-
-        async def agenerate(self, messages, stop=None, **settings):
-            if messages and isinstance(messages[0], list):
-                return await asyncio.gather(*(self.agenerate_single(m, stop) for m in messages))
-            return await self.agenerate_single(messages, stop)
-
-    class Outcomes(AbstractOutcomeRewardModel):
-        def score(self, messages, **settings):
-            return [derive(str(m)) % 1000 / 1000 for m in messages]
-
-        async def ascore(self, messages, orchestrator=None, **settings):
-            return self.score(messages)
-
-    class Steps(AbstractProcessRewardModel):
-        def score(self, prompt, steps):
-            return [derive(text) % 1000 / 1000 for text in steps]
-
-        async def ascore(self, prompt, steps):
-            return self.score(prompt, steps)
-
-    texts = [tokenizer.decode(prompt[1:]) for prompt in prompts]
-
-    def theirs(make):
-        async def run(turn: int) -> tuple[int, dict]:
-            Served.generated = 0
-            method, served = make(), Served()
-            await asyncio.gather(*(method.ainfer(served, text, budget=N) for text in texts))
-            return Served.generated, {}
-
-        return run
-
-    def steps():
-        return StepGeneration(max_steps=40, step_token="\n", stop_token="<end>", temperature=1.0)
-
-    return {
-        "its_hub: self-consistency": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(-1))),
-        "its_hub: self-consistency, 32 at once": theirs(lambda: SelfConsistency(orchestrator=LMOrchestrator(32))),
-        "its_hub: best-of-n": theirs(lambda: BestOfN(Outcomes(), LMOrchestrator(-1))),
-        "its_hub: beam 4x4": theirs(lambda: BeamSearch(steps(), Steps(), beam_width=4)),
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", metavar="part", help="estimators, searches, judge, driver, engine; default: all"
+        "parts", nargs="*", metavar="part", help="estimators, searches, judge, driver, engine, pretrained; default: all"
     )
     parser.add_argument("--tasks", type=int, default=64, help="questions in flight on the engine")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a steady window")
@@ -535,13 +491,16 @@ def main() -> None:
         "judge": judge,
         "driver": lambda: driver(args.tasks, args.seconds),
         "engine": lambda: engine(args.tasks, args.seconds, args.turns),
+        "pretrained": lambda: pretrained(args.tasks, args.seconds),
     }
     if unknown := set(args.parts) - set(parts):
         parser.error(f"unknown part {', '.join(unknown)}: choose among {', '.join(parts)}")
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     for name in args.parts or parts:
         print(f"-- {name}")
-        found[name] = {"rows": parts[name](), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        found[name] = {"rows": parts[name](), "machine": machine, "commit": commit.stdout.strip()}
         RESULTS.write_text(json.dumps(found, indent=1, default=float) + "\n")
 
 
