@@ -36,7 +36,8 @@ _NUMERAL = re.compile(r"(?<![A-Za-z^\d-])\d")  # no exponent: a label with a num
 _NO_LABEL = frozenset(  # words after a number that change it
     "not no isn't to or is are was or if plus minus times over by divided factorial choose more less than half "
     "halves third thirds fourth fourths quarter quarters fifth fifths "
-    "tenth tenths squared cubed root negative except but between wrong incorrect maybe possibly through either".split()
+    "tenth tenths squared cubed root negative below above under except but between "
+    "wrong incorrect maybe possibly through either".split()
 )
 
 

@@ -1,7 +1,8 @@
 r"""Where the final answer stands in a response.
 
 Finds text, never judges it: knows no numbers and no reference. A response commits to an answer with a marker
-(`\boxed{}`, `<answer>`, `####`, "Answer:") or by being nothing but the answer. What is found goes to `verifiers.math`.
+(`\boxed{}`, `<answer>`, `####`, "Answer:") or by being nothing but the answer. Boxes must agree; of statements in
+words the last that is meant counts (`verifiers.commitment` says which are). What is found goes to `verifiers.math`.
 Limits: markers are English; a box inside an unclosed `<think>` is a thought, not an answer.
 """
 
@@ -9,11 +10,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
+
+from verifiers.commitment import refuted, revised, stance, standing, unfenced
 
 BARE = 240  # characters: a response no longer than this may be an answer without any marker
 LONGEST = 4000  # characters of an answer; what is longer is no answer
 TAIL = 50_000  # characters at the end of a response that are looked at
 BOXES = 64  # a response with more boxes commits to nothing
+CUES = 16  # statements in words, from the end, that are looked at
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
@@ -23,9 +28,6 @@ _CUE = re.compile(
     re.IGNORECASE,
 )
 _RESULT = re.compile(r"\b(?:result|solution|value)s?\s+(?:is|are|equals)\b\s*:?\s*", re.IGNORECASE)
-_REVISED = re.compile(
-    r"\b(?:wait|actually|mistake|correction|correct(?:ed|ing)|wrong|instead|re-?check|re-?consider|error|oops)\b", re.I
-)
 _CONCLUDED = re.compile(r"\b(?:final|finally|therefore|thus|hence|conclude|altogether|in total|so)\b", re.I)
 _HEDGED = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|alternatively|another|also|might|could)\b", re.I)
 _BEFORE = re.compile(r"(?:-|\d|\\(?:sqrt|[dt]?frac)\s*\{\s*)$")  # of a formula that goes on into a box
@@ -35,9 +37,10 @@ _IS_ANSWER = re.compile(r"\s+is\s+(?:the|my|our)\s+(?:final\s+|correct\s+)?(?:an
 _JOIN = re.compile(
     r"(?:[\s$,;&.]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 )
+_INTEGER = re.compile(r"-?\d+")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE = re.compile(
-    r"\.(?=\s+[A-Z]|\s*$)|,\s+(?=(?:so|which|because|since|as|where|when|but|not|thus|hence|therefore|making|"
+    r"\.(?=\s+[A-Z]|\s*$)|(?<=[\d$)}])\s+(?=\(?(?:(?:and|but)\s+)?not\s)|,\s+(?=(?:so|which|because|since|as|where|when|but|not|thus|hence|therefore|making|"
     r"giving)\b)|\s+(?=I hope it is correct)|\s+(?:because|since|so that|which|hence|therefore)\b"
 )
 
@@ -55,21 +58,25 @@ def final(response: str) -> Found | None:
     text = _after_thinking(response)
     if text is None:
         return None
-    text = text[-TAIL:]
-    tags = [tag.strip() for tag in _TAG.findall(text)] if "</answer>" in text.lower() else []
+    text = standing(text[-TAIL:])
+    outside = unfenced(text)
+    text = outside if _BOX.search(outside) or _CUE.search(outside) else text
+    tags = list(_TAG.finditer(text)) if "</answer>" in text.lower() else []
     if tags:
-        inner = [_inside_tag(tag) for tag in tags]
+        inner = [_inside_tag(tag.group(1).strip()) for tag in tags]
+        if refuted(text[tags[-1].end() :], inner[-1][-1]):
+            return None
         outside = _boxes(_TAG.sub(" ", text))
         return _found((*outside, *(t for texts in inner for t in texts)), "tag")
     if "boxed" in text or "fbox" in text:
         boxes = _boxes(text)
         if boxes:
-            return _found((*boxes, *_taken_back(text)), "box")
-        if _BOX.search(text) and "{}" not in text:
+            return _found((*boxes, *_stated_after(text, boxes[-1])), "box")
+        if not _box_spans(text) and _BOX.search(text) and "{}" not in text:
             return None  # a box that never closes (the response was cut off), or far too many
     for marker, find in (("####", _hashes), ("cue", _cue), ("bare", _bare), ("math", _lone_math), ("result", _result)):
         candidate = find(text)
-        if candidate and marker == "cue" and _withdrawn(text):
+        if candidate is False:
             return None
         if candidate and not _BOX.search(candidate):
             return _found((candidate,), marker)
@@ -121,16 +128,25 @@ def _boxes(text: str) -> tuple[str, ...]:
     An intermediate result may be boxed on the way to a "therefore"; an alternative or a second answer may not.
     """
     groups: list[list[str]] = []
-    end, answered = 0, False
-    for start, stop, content in _box_spans(text):
+    denied, end, answered = set(), 0, False
+    spans = _box_spans(text)
+    for i, (start, stop, content) in enumerate(spans):
         between, end = text[end:start], stop
-        if groups and (_REVISED.search(between) or (not answered and _concluded(between))):
+        behind = text[stop : spans[i + 1][0] if i + 1 < len(spans) else None]
+        stands = stance(text, start)
+        if stands == "denied":
+            denied.add(content)
+        if stands != "meant" or refuted(behind, content):
+            continue
+        if groups and (revised(between) or (not answered and _concluded(between))):
             groups = [[content]]
         elif groups and "\n" not in between and len(between) < 60 and _JOIN.fullmatch(between):
             groups[-1].append(content)
         else:
             groups.append([content])
         answered = "answer" in between[-60:].lower()
+    if groups and denied & {*groups[-1]}:
+        return ()
     return tuple(", ".join(dict.fromkeys(group)) for group in groups)
 
 
@@ -159,20 +175,13 @@ def _box_spans(text: str) -> list[tuple[int, int, str]]:
     return spans
 
 
-def _taken_back(text: str) -> tuple[str, ...]:
-    """The answer that a revision after the last box names in words: it must agree with the box."""
-    last = [match.end() for match in _BOX.finditer(text)][-1]
-    revised = _REVISED.search(text, last)
-    answer = _cue(text[revised.end() :]) if revised else None
-    return (answer,) if answer else ()
-
-
-def _withdrawn(text: str) -> bool:
-    """Whether the sentences after the last "the answer is ..." revise it and name another number."""
-    rest = text[[cue.end() for cue in _CUE.finditer(text)][-1] :]
-    after = "".join(re.split(r"[.!?]\s+", rest, maxsplit=1)[1:])
-    revised = _REVISED.search(after) or re.match(r"no\b", after, re.IGNORECASE)
-    return bool(revised and re.search(r"\d", after))
+def _stated_after(text: str, box: str) -> tuple[str, ...]:
+    """The answer in words after the last box that must agree with it: after a revision, or a number after a number."""
+    rest = text[[match.end() for match in _BOX.finditer(text)][-1] :]
+    revision = revised(rest)
+    answer = _cue(rest[revision.end() if revision else 0 :])
+    numbers = answer and _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(box)
+    return (answer,) if answer and (revision or numbers) else ()
 
 
 def _with_its_formula(text: str, start: int, stop: int, content: str) -> str:
@@ -191,21 +200,40 @@ def _hashes(text: str) -> str | None:
     return None if rest.strip() or re.match(r"\s*(?:step|solution)\b", line, re.I) else trim(line)
 
 
-def _result(text: str) -> str | None:
+def _result(text: str) -> str | Literal[False] | None:
     return _cue(text, _RESULT)
 
 
-def _cue(text: str, pattern: re.Pattern[str] = _CUE) -> str | None:
-    """What follows the last "the answer is"."""
-    cues = list(pattern.finditer(text))
-    if not cues:
-        return None
-    rest = text[cues[-1].end() :].lstrip(" \t*_")[:LONGEST]
-    line = rest.lstrip("\n").partition("\n")[0]
+def _cue(text: str, pattern: re.Pattern[str] = _CUE) -> str | Literal[False] | None:
+    """What follows the last "the answer is" that is meant; False when it is taken back or denied later."""
+    denied = set()
+    for cue in reversed(list(pattern.finditer(text))[-CUES:]):
+        rest = text[cue.end() :].lstrip(" \t*_")[:LONGEST]
+        answer = _stated(rest)
+        stands = stance(text, cue.start(), cue.group())
+        if stands == "denied":
+            denied.add(answer)
+        elif stands == "meant" and not (answer and answer.endswith("?")):
+            return False if answer in denied or _withdrawn(rest, answer or "") else answer
+    return None
+
+
+def _stated(rest: str) -> str | None:
+    """The answer that opens a text: its first line, or the display or fenced line that stands in its place."""
+    line, _, below = rest.lstrip("\n").partition("\n")
     if re.match(r"\s*(?:\\\[|\$\$)\s*$", line):  # a display that opens on its own line
         display = _MATH.search(rest)
         return trim(display.group()) if display else None
-    return trim(line)
+    return trim(below.partition("\n")[0] if line.startswith("```") else line)
+
+
+def _withdrawn(rest: str, answer: str) -> bool:
+    """Whether a text that opens with an answer takes it back, or revises it and names another number."""
+    at = rest.find(answer)
+    if at >= 0 and refuted(rest[at + len(answer) :], answer):
+        return True
+    after = "".join(re.split(r"[.!?]\s+", rest, maxsplit=1)[1:])
+    return bool((revised(after) or re.match(r"no\b", after, re.IGNORECASE)) and re.search(r"\d", after))
 
 
 def _bare(text: str) -> str | None:
@@ -215,14 +243,18 @@ def _bare(text: str) -> str | None:
     if _MATH.search(text) and re.search(r"[A-Za-z]{2,}", _MATH.sub(" ", text)) and not _MATH.match(text):
         return None  # a sentence around a formula
     prose = re.sub(r"\\[A-Za-z]+|\$", " ", text)
-    return trim(text) if len(re.findall(r"[A-Za-z]{3,}", prose)) <= 4 else None
+    answer = trim(text) if len(re.findall(r"[A-Za-z]{3,}", prose)) <= 4 else None
+    return None if answer and refuted(text[text.find(answer) + len(answer) :], answer) else answer
 
 
 def _lone_math(text: str) -> str | None:
     """The only formula of the last paragraph."""
     last = text.strip().rpartition("\n\n")[2][-LONGEST // 2 :]
-    spans = [next(g for g in m.groups() if g) for m in _MATH.finditer(last)]
-    return trim(spans[0]) if len(spans) == 1 else None
+    spans = list(_MATH.finditer(last))
+    if len(spans) != 1 or stance(last, spans[0].start()) != "meant":
+        return None
+    answer = trim(next(group for group in spans[0].groups() if group))
+    return None if refuted(last[spans[0].end() :], answer) else answer
 
 
 def trim(text: str) -> str:
