@@ -5,7 +5,7 @@
 A Ray cluster of several nodes is started here; the same run goes over it twice with one seed, first undisturbed. Then
 an engine, a verifier process, the engine's node or the driver is killed (SIGKILL) now and then; a killed driver is
 followed by `reasoner train --resume`. Written to benchmarks/results/kills.json: tasks lost and trained twice by the
-journal, versions of the tokens in it, verdicts that failed, requests asked again, seconds until an engine serves again.
+journal, recorded groups that a resumed driver rolled out again, versions of the tokens in it, verdicts that failed, requests asked again, seconds until an engine serves again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Victim:
     log: Path
     process: subprocess.Popen | None = None
     kills: list[dict[str, Any]] = field(default_factory=list)
+    recorded: list[set[bytes]] = field(default_factory=list)  # records of the journal when the driver was killed
 
     def start(self, *more: str) -> None:
         with self.log.open("a") as log:
@@ -85,6 +86,9 @@ class Victim:
         else:
             self.process.kill()
             self.process.wait()
+            groups, step = recorded(self.folder)
+            self.recorded.append(groups)
+            row["groups_of_the_step_under_way"] = step
             self.start("--resume", str(self.folder))
         while kind != "verifier" and (back := self.back(row["time"])) is None and not self.ended():
             if time.time() > row["time"] + PATIENCE:
@@ -102,6 +106,14 @@ class Victim:
 
 def rows(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def recorded(folder: Path) -> tuple[set[bytes], int]:
+    """The groups that a journal has, and how many of them no batch took yet."""
+    lines = [line for line in (folder / "journal.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")]
+    groups = {line for line in lines if not line.startswith(b'{"take"')}
+    taken = sum(len(json.loads(line)["tickets"]) for line in lines if line.startswith(b'{"take"'))
+    return groups, len(groups) - taken
 
 
 def add_node(nodes: Cluster) -> None:
@@ -144,11 +156,16 @@ def compare(calm: Victim, killed: Victim) -> dict[str, Any]:
     lost, twice = lost - twice, twice - lost
     summaries = [json.loads((v.folder / "summary.json").read_text()) for v in (calm, killed)]
     back = {kind: [k["seconds_until_back"] for k in killed.kills if k["kind"] == kind] for kind in KINDS}
+    last, _ = recorded(killed.folder)
     restarts = [e for e in killed.events() if e["state"] in ("restarting", "dead")]
     return {
         "kills": dict(Counter(k["kind"] for k in killed.kills)),
         "tasks_lost": sum(lost.values()),
         "tasks_trained_twice": sum(twice.values()),
+        "recorded_groups_rolled_out_again_per_killed_driver": [len(groups - last) for groups in killed.recorded],
+        "groups_of_the_step_under_way_when_the_driver_was_killed": [
+            k["groups_of_the_step_under_way"] for k in killed.kills if k["kind"] == "driver"
+        ],
         "paths_of_a_wrong_version": after["paths_of_a_wrong_version"],
         "undisturbed": before,
         "disturbed": after,

@@ -299,15 +299,16 @@ def open_feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitS
     """The run's rollouts, in its journal."""
     run, path = stage.run, stage.folder / "journal.jsonl"
     since = min(position.journal, path.stat().st_size) if path.exists() else 0
-    if path.exists() and (lost := mend(path, since, 1 if run.max_lag else run.tasks_per_step)):
-        stage.screen.say(f"journal   cut after its last whole record: {lost} bytes were torn or of an unfinished step")
+    # A step sampled in two parts would differ in the last bits where what is sampled beside a path shows in it.
+    together = run.max_lag == 0 and not run.engine.independent
+    if path.exists() and (lost := mend(path, since, run.tasks_per_step if together else 1)):
+        unfinished = " or of an unfinished step" if together else ""
+        stage.screen.say(f"journal   cut after its last whole record: {lost} bytes were torn{unfinished}")
 
-    async def roll(tickets: Sequence[int]) -> list[Group]:
-        seed = derive(run.seed, "train", tickets[0] // run.tasks_per_step)
-        groups = await _roll_out(stage, [deck[ticket] for ticket in tickets], seed=seed)
-        if 0 in tickets:
-            require_steps(run.search, run.sampling.step, groups)
-        return groups
+    async def roll(ticket: int) -> Group:
+        seed = derive(run.seed, "train", ticket // run.tasks_per_step)
+        [group] = await _roll_out(stage, [deck[ticket]], seed=seed)
+        return group
 
     journal = stack.enter_context(Journal(path))
     feed = Feed(
@@ -322,10 +323,10 @@ def open_feed(stage: Stage, deck: Deck | Pools, position: Position, stack: ExitS
         since=since,
     )
     if path.stat().st_size:
-        steps_, groups, again = feed.remembered
+        steps_, groups, _ = feed.remembered
         stage.screen.say(
-            f"resume    at step {position.step}: the journal repeats {steps_} steps and has {groups} groups more, "
-            f"{again} are rolled out again"
+            f"resume    at step {position.step}: the journal repeats {steps_} steps and has {groups} groups more; what "
+            "is missing is rolled out"
         )
     return feed
 
@@ -346,6 +347,8 @@ def steps(
         for step in range(start.step, run.steps):
             with clock.phase("rollouts"):
                 batch = until_contrast(partial(feed.batch, step, version), run.tasks_per_step, run.resample)
+            if step == 0:
+                require_steps(run.search, run.sampling.step, batch.groups)
             deck.learn(batch.groups)
             seen = run.length(batch.groups, run.sampling.max_tokens)
             samples = assign(run.credit, seen, partial(stage.tokenizer.decode, skip_special_tokens=True))

@@ -1,10 +1,11 @@
 """Batches for a learner, from groups that arrive in any order: tasks start ahead of it by a bounded lag.
 
 The tasks of a run are numbered in the order of drawing (tickets) and started in that order. With max_lag = 0 a whole
-step starts when the step before it is learned, and is delivered together: synchronous. With max_lag = L, groups of L
-further steps are on their way meanwhile, and a batch is the first ones that are complete; stragglers join a later one.
-Every ticket ends in exactly one batch, or is dropped for a reason that the journal records. After a restart the journal
-says what was taken: those batches come again as they were, and only what was not complete is rolled out again.
+step starts, in one turn of the event loop, when the step before it is learned: synchronous. With max_lag = L, groups of
+L further steps are on their way meanwhile, and a batch is the first ones that are complete; stragglers join a later
+one. Each group is recorded when it is complete. Every ticket ends in exactly one batch, or is dropped for a reason that
+the journal records. After a restart the journal says what was taken: those batches come again as they were, complete
+groups wait for theirs, and only what was not complete is rolled out again.
 
 Knows no engine, no verifier and no learner: `roll` makes the groups. Runs in the event loop of `loop.py`; `batch` is
 called from the learner's thread.
@@ -22,7 +23,7 @@ from rollouts.base import Group
 from rollouts.journal import Journal, read_at, scan
 from rollouts.loop import Loop
 
-Roll = Callable[[Sequence[int]], Awaitable[list[Group]]]  # the groups of some tickets, in their order
+Roll = Callable[[int], Awaitable[Group]]  # the group of a ticket
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,10 @@ class Feed:
         self._ledger = replace(ledger, open=dict(ledger.open))
         self._loop, self._journal, self._roll = loop, journal, roll
         self._per_step, self._max_lag, self._timeout, self._total = per_step, max_lag, timeout, total
-        self._size = 1 if max_lag else per_step  # tickets that start and arrive together
         self._takes: dict[int, deque[_Take]] = {}  # what is to be taken again, by step
         self._ready: dict[int, tuple[int, Group]] = {}  # in order of arrival: (version when it began, group)
         self._again: deque[int] = deque()  # tickets that were on their way when an earlier driver ended
-        self._running: dict[asyncio.Task, tuple[int, float]] = {}  # (first ticket, when it began)
+        self._running: dict[asyncio.Task, tuple[int, float]] = {}  # (ticket, when it began)
         self._late: dict[int, str] = {}
         self._news = asyncio.Event()
         self._error: BaseException | None = None
@@ -178,7 +178,7 @@ class Feed:
         """What may no longer be learned from."""
         stale = {}
         for ticket, (began, group) in self._ready.items():
-            if (lag := version - oldest(group, began)) > self._max_lag:
+            if not 0 <= (lag := version - oldest(group, began)) <= self._max_lag:  # below 0: of weights never reached
                 stale[ticket] = f"stale: its oldest token lags {lag} versions"
         for ticket in stale:
             del self._ready[ticket]
@@ -191,18 +191,17 @@ class Feed:
         ahead = done + (1 + self._max_lag) * self._per_step
         needed = max(self._total + self._ledger.dropped + dropped, done + self._per_step)
         while self._again:
-            self._launch([self._again.popleft() for _ in range(min(self._size, len(self._again)))])
-        while self._ledger.next + self._size <= min(ahead, needed):
-            tickets = list(range(self._ledger.next, self._ledger.next + self._size))
-            self._ledger.next += self._size
-            self._ledger.open |= dict.fromkeys(tickets)
-            self._launch(tickets)
+            self._launch(self._again.popleft())
+        while self._ledger.next < min(ahead, needed):
+            self._ledger.open[self._ledger.next] = None
+            self._launch(self._ledger.next)
+            self._ledger.next += 1
 
-    def _launch(self, tickets: list[int]) -> None:
+    def _launch(self, ticket: int) -> None:
         if not self._running:
             self._busy_since = time.monotonic()
-        task = asyncio.create_task(self._make(tickets, self._version))
-        self._running[task] = (tickets[0], time.monotonic())
+        task = asyncio.create_task(self._make(ticket, self._version))
+        self._running[task] = (ticket, time.monotonic())
         task.add_done_callback(self._landed)
 
     def _landed(self, task: asyncio.Task) -> None:
@@ -211,24 +210,23 @@ class Feed:
         if not self._running:
             self._busy += time.monotonic() - self._busy_since
 
-    async def _make(self, tickets: list[int], version: int) -> None:
+    async def _make(self, ticket: int, version: int) -> None:
         """Roll out, record, hand over. What goes wrong is raised in the learner's thread by `batch`."""
         try:
             async with asyncio.timeout(self._timeout) as limit:
-                groups = await self._roll(tickets)
-            for ticket, group in zip(tickets, groups, strict=True):
-                place = self._journal.append(group, step=ticket // self._per_step, version=version, ticket=ticket)
-                self._ledger.open[ticket] = place
+                group = await self._roll(ticket)
+            place = self._journal.append(group, step=ticket // self._per_step, version=version, ticket=ticket)
             self._journal.flush()
-            self._ready |= {ticket: (version, group) for ticket, group in zip(tickets, groups, strict=True)}
+            self._ledger.open[ticket] = place
+            self._ready[ticket] = version, group
         except TimeoutError as error:
             if not limit.expired() or not self._max_lag:
-                self._error = TimeoutError(f"tickets {_span(tickets)} were not rolled out in {self._timeout:.0f} s")
+                self._error = TimeoutError(f"ticket {ticket} was not rolled out in {self._timeout:.0f} s")
                 self._error.__cause__ = error
             else:
-                self._late |= dict.fromkeys(tickets, f"late: not rolled out in {self._timeout:.0f} s")
+                self._late[ticket] = f"late: not rolled out in {self._timeout:.0f} s"
         except Exception as error:
-            self._error = error
+            self._error = self._error or error
 
     async def _wait(self, patience: float) -> None:
         """Until something arrives."""
@@ -239,14 +237,15 @@ class Feed:
             return
         except TimeoutError:
             pass
-        first, began = min(self._running.values(), key=lambda item: item[1])
+        ticket, began = min(self._running.values(), key=lambda item: item[1], default=(None, 0.0))
+        oldest = f", the oldest (ticket {ticket}) for {time.monotonic() - began:.0f} s" if self._running else ""
         raise TimeoutError(
             f"no batch within {2 * self._timeout:.0f} s: {len(self._ready)} of {self._per_step} groups are complete, "
-            f"{self._in_flight()} on their way, the oldest (ticket {first}) for {time.monotonic() - began:.0f} s"
+            f"{self._in_flight()} on their way{oldest}"
         )
 
     def _in_flight(self) -> int:
-        return len(self._running) * self._size
+        return len(self._running)
 
     def _busy_seconds(self) -> float:
         """Seconds with work on its way, since last asked."""
@@ -262,7 +261,3 @@ def oldest(group: Group, began: int) -> int:
     """The policy version of the group's oldest token; `began` where the engine tells none."""
     spans = [span for r in group.rollouts for s in r.trajectory.steps for span in s.versions]
     return min((version for version, _, _ in spans), default=began)
-
-
-def _span(tickets: Sequence[int]) -> str:
-    return f"{tickets[0]}" if len(tickets) == 1 else f"{tickets[0]} to {tickets[-1]}"

@@ -83,11 +83,25 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[tuple[int, int, Group]]:
-    """(step, policy version, group) in the order written; a torn last line is left out."""
+    """(step, policy version, group) in the order that a learner was given them, then those of no batch.
+
+    A torn last line is left out.
+    """
+    waiting: dict[int, dict[str, Any]] = {}  # for the batch that takes it, by ticket
     for line in _whole_lines(path):
         row = json.loads(line)
-        if "task" in row:
-            yield row["step"], row["version"], group_of(row)
+        if "take" in row:
+            done = sorted((*row["tickets"], *map(int, row["dropped"])))
+            yield from (_entry(waiting.pop(ticket)) for ticket in done if ticket in waiting)
+        elif row.get("ticket") is None:
+            yield _entry(row)
+        else:
+            waiting[row["ticket"]] = row
+    yield from (_entry(row) for _, row in sorted(waiting.items()))
+
+
+def _entry(row: dict[str, Any]) -> tuple[int, int, Group]:
+    return row["step"], row["version"], group_of(row)
 
 
 def read_at(path: Path, offset: int) -> tuple[int, Group]:
@@ -115,14 +129,17 @@ def scan(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
             start += len(line)
 
 
-def mend(path: Path, since: int, size: int) -> int:
-    """Cut a journal after its last whole record, and after the last whole step where steps arrive as one (`size`).
+def mend(path: Path, since: int, size: int = 1) -> int:
+    """Cut a journal after its last whole record; returns the bytes cut off.
 
-    Returns the bytes cut off.
+    size: groups of a batch, where one that is not whole must be rolled out anew as one: what there is of it is cut too.
     """
-    end, places = since, []
+    end, places = since, []  # of the groups that no batch took
     for place, end, row in scan(path, since):  # noqa: B007
-        places += [place] if "task" in row else []
+        if "task" in row:
+            places.append(place)
+        else:
+            places.clear()
     if surplus := len(places) % size:
         end = places[-surplus]
     return cut(path, end)

@@ -77,7 +77,9 @@ def digest(run: Path) -> str:
 
 
 def paths(run: Path) -> list:
-    return [(step, g.task.id, [r.trajectory.ids for r in g.rollouts]) for step, _, g in read(run / "journal.jsonl")]
+    """Every rollout, in the order that it was learned from, with its log-probabilities."""
+    groups = ((step, g.task.id, [r.trajectory for r in g.rollouts]) for step, _, g in read(run / "journal.jsonl"))
+    return [(step, name, [(path.ids, path.steps[0].logprobs) for path in found]) for step, name, found in groups]
 
 
 def same(run: Path, undisturbed: Path) -> bool:
@@ -217,6 +219,46 @@ def test_a_killed_driver_leaves_a_run_that_can_be_resumed(tmp_path, cache, undis
 def test_ten_kills_at_random_moments_change_nothing(tmp_path, cache, undisturbed):
     run = kill_and_resume(tmp_path, cache, kills=10, seed=2, more=("--checkpoint_every=1",))
     assert same(run, undisturbed)
+
+
+def records(run: Path) -> list[bytes]:
+    return [line for line in (run / "journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def under_way(run: Path) -> int:
+    """Groups of the step under way that are recorded."""
+    kinds = ["take" if line.startswith(b'{"take"') else "group" for line in records(run)]
+    return len(kinds) if "take" not in kinds else kinds[::-1].index("take")
+
+
+@pytest.mark.slow
+def test_a_step_that_a_kill_cut_in_two_goes_on_where_it_was_bit_for_bit(tmp_path, cache):
+    """vLLM on a CPU: what is missing is sampled without what stood beside it, and no bit differs."""
+    vllm = ("--engine.kind=vllm", "--engine.kv_cache_gib=0.1", "--engine.max_num_seqs=64", "--tasks_per_step=16")
+    whole = begin(tmp_path / "whole", cache, *vllm)
+    fresh = [str(CONFIG), *TINY, *vllm, f"--out={tmp_path / 'killed'}", f"--cache={cache}"]
+    run, found = tmp_path / "killed" / "quickstart", []
+    for _ in range(4):
+        arguments = [f"--resume={run}"] if (run / "config.json").exists() else fresh
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reasoner", "train", *arguments],
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun = len(found[-1]) if found else 0
+        while process.poll() is None and len(found) < 3:
+            time.sleep(0.0005)
+            if (run / "journal.jsonl").exists() and len(records(run)) > begun + 3 and 0 < under_way(run) < 16:
+                process.kill()
+        error = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), error
+        if process.returncode:
+            found.append(records(run))
+            assert 0 < under_way(run) < 16, "the kill came late: this machine was too slow or too busy to try it"
+    assert len(found) == 3
+    assert all(records(run)[: len(before)] == before for before in found), "a recorded group was rolled out again"
+    assert same(run, whole)
 
 
 def test_kept_checkpoints_do_not_pile_up(undisturbed):
