@@ -82,7 +82,7 @@ def test_failures_of_a_judge_are_failed_verdicts_not_zeros(pool):
 
 def test_verdicts_come_in_order_around_hanging_responses(pool):
     responses = ["hang" if i % 20 == 7 else "yes" if i % 2 else "no" for i in range(100)]
-    for response, said in zip(responses, ask(pool, *responses, timeout=0.2), strict=True):
+    for response, said in zip(responses, ask(pool, *responses, timeout=0.5), strict=True):
         assert said.correct is (None if response == "hang" else response == "yes")
 
 
@@ -108,14 +108,14 @@ def test_pool_outlives_the_process_its_workers_come_from():
 @pytest.mark.parametrize("whom", ["workers", "nursery"])
 def test_processes_killed_under_load_cost_no_verdict_and_change_none(whom):
     """Whatever the system kills, now and then: every response is judged, and as it would have been."""
-    responses = ["nap" if i % 3 else "yes" for i in range(300)]
+    responses = ["nap" if i % 3 else "yes" for i in range(400)]
     with Pool(workers=2) as pool:
         ask(pool, "yes")
         task = Task("t", (), "yes", "moody")
         verdicts = pool.submit("moody", [("verify", (task, r)) for r in responses])
         kills = 0
         while not verdicts.done() and kills < 12:
-            time.sleep(0.1)
+            time.sleep(0.2)  # time to judge again what the one before was at: two deaths over one response fail it
             nursery = pool._nursery
             pids = [w.pid for w in list(pool._workers)] if whom == "workers" else [nursery and nursery.process.pid]
             for pid in filter(None, pids[:1]):
@@ -133,14 +133,13 @@ def test_processes_killed_under_load_cost_no_verdict_and_change_none(whom):
 def test_hanging_responses_delay_nobody_else(pool):
     ask(pool, "yes")
     with ThreadPoolExecutor(8) as threads:
-        hanging = [threads.submit(ask, pool, "hang", timeout=1.0) for _ in range(7)]
+        hanging = [threads.submit(ask, pool, "hang", timeout=1.5) for _ in range(7)]
         time.sleep(0.05)
-        start = time.monotonic()
         assert ask(pool, "yes")[0].correct is True
-        assert time.monotonic() - start < 0.8
+        assert not any(f.done() for f in hanging)  # answered before the first deadline
         start = time.monotonic()
         assert all(f.result()[0].status == "failed" for f in hanging)
-        assert time.monotonic() - start < 1.0 + SLACK_S
+        assert time.monotonic() - start < 1.5 + SLACK_S
 
 
 def test_event_loop_is_not_held_up(pool):
