@@ -3,7 +3,8 @@
     reasoner search configs/search.toml --name=search-base
     reasoner search configs/search.toml --name=search-trained --budget=1400 --checkpoint=runs/quickstart/checkpoint
     reasoner search configs/search_deep.toml --name=search-deep
-    python -m benchmarks.search_methods runs/search-base runs/search-trained runs/search-deep
+    reasoner search configs/search_smollm2.toml --name=search-smollm2
+    python -m benchmarks.search_methods runs/search-base runs/search-trained runs/search-deep runs/search-smollm2
 
 Reads what `reasoner search` wrote and computes one thing more: the fewest samples whose max-marginal answer is as
 accurate as the majority of 40.
