@@ -21,11 +21,15 @@ from typing import Any, Literal
 
 from verifiers.base import Task, Verdict
 from verifiers.code import extract, shared_sandbox
+from verifiers.extract import after_thinking
 from verifiers.sandbox import Limits
 
 Grid = list[list[int]]
 LARGEST = 30  # rows and columns of a grid, as in ARC
-OPENERS = 1000  # brackets, from the end, at which JSON may begin: bounds the work on text that is nothing but brackets
+OPENERS = 1000  # brackets, from the end, at which JSON may begin
+SCANNED = (
+    1_000_000  # characters of what began like JSON and was none: bounds the work on text that is nothing but brackets
+)
 
 _ROW = re.compile(r"[\s\[\]|,;]*\d(?:[\s,|;]*\d)*[\s\[\]|,;]*")
 _BARS = re.compile(r"(?:\|(?:\d{1,30}\|){1,30}\s*)+")
@@ -62,11 +66,11 @@ class Arc:
             answers, why = self._transform(response, [test["input"] for test in tests])
         else:
             answers, why = read(response, len(tests)), "no grid in the response"
-        if not any(answers):
+        if not any(grid for grids in answers for grid in grids):
             return Verdict("scored", 0.0, False, why=why, evidence=evidence)
         solved, gains = [], []
         for test, grids in zip(tests, answers, strict=True):
-            tried = grids[: self.attempts]
+            tried = [grid for grid in grids[: self.attempts] if grid]
             solved.append(test["output"] in tried)
             gains.append(max((progress(test["input"], test["output"], grid) for grid in tried), default=0.0))
         score = sum(1.0 if s else self.partial * gain for s, gain in zip(solved, gains, strict=True)) / len(tests)
@@ -109,7 +113,7 @@ class Arc:
         if self.form == "program":
             return extract(response, "transform")
         found = _submission(response) or [grids[-1:] for grids in [_grids(response)] if grids]
-        return json.dumps(found) if any(found) else None
+        return json.dumps(found) if any(grid for grids in found for grid in grids) else None
 
     def equal(self, left: str, right: str) -> bool:
         return left == right
@@ -157,7 +161,7 @@ def read(response: str, count: int) -> list[list[Grid]]:
 
 def _final(response: str) -> str:
     """The part of a response that holds the answer: after the thinking, in the last answer tags if there are any."""
-    response = response.rpartition("</think>")[2]
+    response = after_thinking(response) or ""
     tagged = _ANSWER.findall(response)
     return tagged[-1] if tagged else response
 
@@ -174,8 +178,8 @@ def _submission(response: str) -> list[list[Grid]] | None:
 
 
 def _attempts(entry: Mapping[str, Any]) -> list[Grid]:
-    numbered = (entry.get(f"attempt_{number}") for number in range(1, len(entry) + 1))
-    return [grid for tried in numbered if (grid := _grid(tried)) is not None]
+    """The numbered attempts. One that is no grid was still an attempt, and stands as []."""
+    return [_grid(entry.get(f"attempt_{number}")) or [] for number in range(1, len(entry) + 1)]
 
 
 def _grids(response: str) -> list[Grid]:
@@ -203,15 +207,17 @@ def _grids_in(value: Any) -> Iterator[Grid]:
 
 def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
     """Lists and objects that stand in the text as JSON, outermost ones only, with where they start and end."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, place, left = json.JSONDecoder(), 0, SCANNED
     for start in [match.start() for match in re.finditer(r"[\[{]", text)][-OPENERS:]:
-        if start < place:
+        if start < place or left < 0:
             continue
         try:
             value, place = decoder.raw_decode(text, start)
             yield start, place, value
-        except (ValueError, RecursionError):
-            pass
+        except json.JSONDecodeError as error:
+            left -= error.pos - start
+        except (ValueError, RecursionError):  # a number of too many digits, brackets nested too deep
+            left -= len(text) - start
 
 
 def _blocks(text: str) -> Iterator[list[list[int]]]:

@@ -55,6 +55,14 @@ class Verdict:
     evidence: Mapping[str, Any] = field(default_factory=dict)  # policy, isolation level, per-test results ...
 
     def __post_init__(self) -> None:
+        if self.status not in ("scored", "abstained", "failed"):
+            raise ValueError(f"status={self.status!r}: a verdict is 'scored', 'abstained' or 'failed'")
+        if type(self.correct).__name__ not in ("bool", "bool_", "NoneType"):  # any text would be true further on
+            raise ValueError(f"correct={self.correct!r}: give True or False when scored, else None")
+        if self.answer is not None and not isinstance(self.answer, str):
+            raise ValueError(f"answer={self.answer!r} is no text: give the answer as a string, or None")
+        if not all(0.0 <= step <= 1.0 for step in self.steps):  # also refuses NaN
+            raise ValueError(f"steps={self.steps!r:.200}: the score of a step lies in [0, 1]")
         scored = self.status == "scored"
         if scored != (self.score is not None) or scored != (self.correct is not None):
             raise ValueError(

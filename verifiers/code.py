@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from verifiers import jail
 from verifiers.base import Task, Verdict
+from verifiers.extract import after_thinking
 from verifiers.sandbox import Limits, Run, Sandbox
 
 _FENCE = re.compile(
@@ -162,7 +163,7 @@ def shared_sandbox(isolation: str) -> Sandbox:
 
 def extract(response: str, entry_point: str | None = None) -> str | None:
     """The program in a response: the last fenced block that defines `entry_point`, else the last, else all of it."""
-    response = response.rpartition("</think>")[2]
+    response = after_thinking(response) or ""
     fenced = [(m[2].lower(), textwrap.dedent(m[3])) for m in _FENCE.finditer(response)]
     if not fenced:
         return textwrap.dedent(response).strip("\n") if response.strip() else None

@@ -33,7 +33,7 @@ class FunctionVerifier:
 
     def verify(self, task: Task, response: str) -> Verdict:
         values = {"task": task, "reference": task.reference, "response": response}
-        return _verdict(self.function(*(values[want] for want in self.wants), **self.policy))
+        return as_verdict(self.function(*(values[want] for want in self.wants), **self.policy))
 
     def check(self, task: Task) -> None:
         """A plain function says nothing of its references."""
@@ -48,8 +48,8 @@ class FunctionVerifier:
         return FirstOf(self, second)
 
 
-def _verdict(said: Any) -> Verdict:
-    """A function's return value as a verdict."""
+def as_verdict(said: Any) -> Verdict:
+    """What a judge returned as a verdict."""
     said = said.item() if hasattr(said, "item") else said  # numpy's bool_ and float64
     if isinstance(said, Verdict):
         return said

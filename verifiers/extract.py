@@ -55,7 +55,7 @@ class Found:
 
 def final(response: str) -> Found | None:
     """The final answer of a response as it is written there; None when it commits to none."""
-    text = _after_thinking(response)
+    text = after_thinking(response)
     if text is None:
         return None
     text = standing(text[-TAIL:])
@@ -89,7 +89,8 @@ def _found(texts: tuple[str, ...], marker: str) -> Found | None:
     return Found(tuple(dict.fromkeys(t.strip() for t in texts if t.strip())), marker)
 
 
-def _after_thinking(text: str) -> str | None:
+def after_thinking(text: str) -> str | None:
+    """What follows the thought; None when the thought never ends, which is no answer of any kind."""
     end = text.rfind("</think>")
     if end >= 0:
         return text[end + 8 :]

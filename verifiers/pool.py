@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from verifiers.base import Task, Verdict
+from verifiers.combine import as_verdict
 
 IMPORT_S = 120.0  # a judge whose import takes longer than this counts as broken
 STUCK_S = 0.1  # a judge this long over one response has work taken away from it, and a further worker helps out
@@ -576,12 +577,29 @@ def _call(method: Any, arguments: bytes) -> tuple[bytes, bool]:
     """The result, pickled, and whether the process is still to be trusted."""
     healthy = True
     try:
-        return pickle.dumps(method(*pickle.loads(arguments)), protocol=pickle.HIGHEST_PROTOCOL), True
+        return pickle.dumps(_returned(method, pickle.loads(arguments)), protocol=pickle.HIGHEST_PROTOCOL), True
     except MemoryError:
         verdict, healthy = Verdict.fail("MemoryError: the judge ran out of the memory that a worker may use"), False
-    except Exception as error:
-        verdict = Verdict.fail(f"{type(error).__name__}: {error}"[:500])
+    except (Exception, SystemExit) as error:
+        verdict = Verdict.fail(_told(error)[:500])
     return pickle.dumps(verdict), healthy
+
+
+def _returned(method: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a judge's method returned, as the type that callers rely on. Raises TypeError for any other."""
+    said = method(*arguments)
+    if method.__name__ == "verify":
+        return as_verdict(said)
+    if method.__name__ == "answer" and not isinstance(said, str | None):
+        raise TypeError(f"answer returned {type(said).__name__}: return text, or None where there is no answer")
+    return said if method.__name__ == "answer" else bool(said)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its own __str__ raises
+        return type(error).__name__
 
 
 def _die_with_parent(parent: int) -> None:

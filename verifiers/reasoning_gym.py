@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from verifiers.base import Task, Verdict
+from verifiers.extract import after_thinking
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -33,8 +34,9 @@ class ReasoningGym:
         _scorer(reference["dataset"])
 
     def answer(self, response: str) -> str | None:
-        found = _ANSWER.findall(response)
-        return (found[-1] if found else response).strip() or None
+        said = after_thinking(response) or ""
+        found = _ANSWER.findall(said)
+        return (found[-1] if found else said).strip() or None
 
     def equal(self, left: str, right: str) -> bool:
         return left == right

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 
 import pytest
 
@@ -58,6 +59,8 @@ WRONG = {
     "third attempt": '[{"attempt_1": [[0]], "attempt_2": [[1]], "attempt_3": [[0,0,4],[0,6,5]]}]',
     "attempts for another number of tests": '[{"attempt_1": [[0,0,4],[0,6,5]]}, {"attempt_1": [[0,0,4],[0,6,5]]}]',
     "only in the thought": "<think>0 0 4\n0 6 5</think> I do not know.",
+    "only in a thought that never ends": "<think>\n0 0 4\n0 6 5",
+    "JSON in a thought that never ends": "<think>[[0,0,4],[0,6,5]]",
     "ragged": "[[0,0,4],[0,6]]",
     "floats": "[[0.0,0,4],[0,6,5]]",
     "booleans": "[[false,false,4],[false,6,5]]",
@@ -66,13 +69,22 @@ WRONG = {
     "empty grid": "[[]]",
     "deep": "[" * 100_000,
     "long": "1 " * 1_000_000,
+    "brackets without end": "[" * 1000 + "1," * 50_000,
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_grid_is_refused(name):
+def test_wrong_grid_is_refused_in_bounded_time(name):
+    start = time.monotonic()
     said = verdict(WRONG[name])
     assert said.correct is False and said.score == 0.0, said
+    assert time.monotonic() - start < 3
+
+
+def test_attempt_that_is_no_grid_was_still_an_attempt():
+    broken = json.dumps([{"attempt_1": [[True]], "attempt_2": None, "attempt_3": WANTED}])
+    assert verdict(broken).correct is False
+    assert verdict(json.dumps([{"attempt_1": None, "attempt_2": WANTED}])).correct is True
 
 
 def test_score_is_the_share_of_test_inputs_solved():

@@ -114,6 +114,7 @@ WRONG = {
     "not callable": (SQUARE, "solve = 9"),
     "too few parameters": (SQUARE, "def solve(): return 9"),
     "syntax error": (SQUARE, "def solve(x) return x * x"),
+    "in a thought that never ends": (SQUARE, "<think>```python\ndef solve(x): return x * x\n```"),
     "prose": (SQUARE, "The square of x is x times x."),
     "empty": (SQUARE, ""),
     "empty fence": (SQUARE, "```python\n```"),

@@ -53,6 +53,32 @@ def moody(task, response, *, mood="fair"):
     return response == task.reference
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@verifier("careless")
+class Careless:
+    """A judge whose methods return, and raise, what they should not."""
+
+    def verify(self, task, response):
+        if response == "exit":
+            sys.exit("usage: judge FILE")
+        if response == "unspeakable":
+            raise Unspeakable
+        return {"true": True, "half": 0.5, "text": "yes", "none": None}[response]
+
+    def check(self, task):
+        pass
+
+    def answer(self, response):
+        return len(response)
+
+    def equal(self, left, right):
+        return left if left == right else ""
+
+
 @pytest.fixture(scope="module")
 def pool():
     with Pool(workers=2) as pool:
@@ -78,6 +104,20 @@ def test_failures_of_a_judge_are_failed_verdicts_not_zeros(pool):
     assert [v.status for v in (died, hoarded, raised, fine)] == ["failed", "failed", "failed", "scored"]
     assert "died" in died.why and "MemoryError" in hoarded.why and "pickle" in raised.why
     assert fine.correct is True
+
+
+def test_judge_that_returns_or_raises_what_it_should_not_holds_nobody_up(pool):
+    def ask(method, *arguments):
+        return pool.submit("careless", [(method, arguments)], timeout=5).result(timeout=20)[0]
+
+    task = Task("t", (), "yes", "careless")
+    said = {word: ask("verify", task, word) for word in ("true", "half", "text", "none", "exit", "unspeakable")}
+    assert said["true"].correct is True and said["half"].score == 0.5
+    assert said["none"].status == "abstained"
+    assert [said[word].status for word in ("text", "exit", "unspeakable")] == ["failed"] * 3
+    assert "returned str" in said["text"].why and said["exit"].why == "SystemExit: usage: judge FILE"
+    assert ask("answer", "four") is None, "a number is no answer's text"
+    assert ask("equal", "a", "a") is True and ask("equal", "a", "b") is False
 
 
 def test_verdicts_come_in_order_around_hanging_responses(pool):

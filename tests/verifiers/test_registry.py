@@ -65,6 +65,23 @@ def test_why_is_one_line_whatever_an_exception_says():
     assert Verdict.fail("RuntimeError: first\n   second line\n").why == "RuntimeError: first second line"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "great", "score": None, "correct": None},
+        {"correct": "no"},
+        {"correct": 1},
+        {"score": float("nan")},
+        {"answer": 7},
+        {"steps": (1.0, float("nan"))},
+        {"steps": (5.0,)},
+    ],
+)
+def test_what_is_no_verdict_is_refused_where_it_is_made(fields):
+    with pytest.raises(ValueError, match=f"{[*fields][0]}="):
+        Verdict(**{"status": "scored", "score": 1.0, "correct": True} | fields)
+
+
 def test_function_may_return_bool_float_verdict_or_none():
     assert verdict("registry: parity", "9").correct is True
     assert verdict("registry: says", "true").score == 1.0
@@ -155,6 +172,8 @@ def test_reasoning_gym_scores_by_its_own_rule():
     assert verdict("reasoning_gym", "so <answer>-4</answer>", reference).correct is True
     assert verdict("reasoning_gym", "so <answer>4</answer>", reference).correct is False
     assert verdict("reasoning_gym", "", reference).correct is False
+    assert verdict("reasoning_gym", "<think><answer>-4</answer>", reference).correct is False
+    assert verdict("reasoning_gym", "<think><answer>-4</answer></think> who knows", reference).correct is False
     with pytest.raises(ValueError, match="t9.*dataset"):
         get("reasoning_gym").check(Task("t9", (), "-4", "reasoning_gym"))
     with pytest.raises(ValueError, match="no_such"):
