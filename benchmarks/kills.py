@@ -5,7 +5,8 @@
 A Ray cluster of several nodes is started here; the same run goes over it twice with one seed, first undisturbed. Then
 an engine, a verifier process, the engine's node or the driver is killed (SIGKILL) now and then; a killed driver is
 followed by `reasoner train --resume`. Written to benchmarks/results/kills.json: tasks lost and trained twice by the
-journal, recorded groups that a resumed driver rolled out again, versions of the tokens in it, verdicts that failed, requests asked again, seconds until an engine serves again.
+journal, recorded groups that a resumed driver rolled out again, versions of the tokens in it, verdicts that failed,
+requests asked again, seconds until an engine serves again. `--kinds driver` kills nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -120,12 +122,12 @@ def add_node(nodes: Cluster) -> None:
     nodes.add_node(num_cpus=1, object_store_memory=200 * 2**20)
 
 
-def disturb(victim: Victim, kills: int, chance: random.Random, pause: float) -> None:
+def disturb(victim: Victim, kills: int, chance: random.Random, pause: float, kinds: Sequence[str]) -> None:
     """Kill until enough is killed or the run is over; then see it to its end."""
-    kinds = [kind for _ in range(-(-kills // len(KINDS))) for kind in chance.sample(KINDS, len(KINDS))][:kills]
+    order = [kind for _ in range(-(-kills // len(kinds))) for kind in chance.sample(kinds, len(kinds))][:kills]
     while rows(victim.folder / "journal.jsonl") == 0 and not victim.ended():
         time.sleep(0.1)
-    for kind in kinds:
+    for kind in order:
         time.sleep(chance.uniform(0.1, pause))
         if victim.ended() or (victim.folder / "evaluation-final.jsonl").exists():
             break
@@ -181,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed")
     parser.add_argument("--pause", type=float, default=8.0, help="most seconds between recovery and the next kill")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--work", type=Path, default=Path("runs/kills"), help="folder for the two runs; emptied first")
@@ -210,7 +213,7 @@ def main() -> None:
             runs.append(Victim(args.work / name, command, nodes, args.work / f"{name}.log"))
             runs[-1].start()
             if name == "killed":
-                disturb(runs[-1], args.kills, random.Random(args.seed), args.pause)
+                disturb(runs[-1], args.kills, random.Random(args.seed), args.pause, args.kinds)
             runs[-1].process.wait()
             if runs[-1].process.returncode:
                 sys.exit(f"the run {name!r} ended with {runs[-1].process.returncode}: see {runs[-1].log}")

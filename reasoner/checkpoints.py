@@ -17,7 +17,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,6 +53,8 @@ def write(folder: Path, model: Any, tokenizer: Any, trainer: Mapping[str, Any], 
 
     final = folder / "checkpoints" / f"step-{position.step}"
     final.parent.mkdir(exist_ok=True)
+    for scratch in final.parent.glob(".writing-*"):  # of a driver that was killed; this one holds the lock
+        shutil.rmtree(scratch)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=final.parent, ignore_cleanup_errors=True) as scratch:
         fresh = Path(scratch) / final.name
         try:
@@ -71,13 +73,18 @@ def write(folder: Path, model: Any, tokenizer: Any, trainer: Mapping[str, Any], 
             shutil.rmtree(final)
         os.replace(fresh, final)
     _to_disk(final.parent)
-    link = folder / ".checkpoint"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.relative_to(folder))
-    os.replace(link, folder / "checkpoint")
+    point(folder, final)
     for old in _steps(folder)[KEEP:]:
         shutil.rmtree(old)
     return final
+
+
+def point(folder: Path, checkpoint: Path) -> None:
+    """Let RUN/checkpoint be this one."""
+    link = folder / ".checkpoint"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.relative_to(folder))
+    os.replace(link, folder / "checkpoint")
 
 
 def _to_disk(path: Path) -> None:
@@ -94,24 +101,43 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def newest(folder: Path) -> Iterator[tuple[Path, Position, Mapping[str, Any]]]:
-    """(folder, position, the trainer's state) of every checkpoint that can be read, newest first."""
+def newest(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, Position, Mapping[str, Any]]]:
+    """(folder, position, the trainer's state) of every checkpoint that the run can go on from, newest first.
+
+    One that is damaged is left out, and one that counts on more of the journal or of metrics.jsonl than there is: what
+    these have lost is done again from an earlier one.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
     broken = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
     for path in _steps(folder):
         try:
+            for file in path.glob("*.json"):
+                json.loads(file.read_text())
             state = json.loads((path / "state.json").read_text())
+            _require_written(folder, state)
             trainer = torch.load(path / "trainer.pt", weights_only=False)
             for weights in path.glob("*.safetensors"):
                 with safe_open(weights, "pt"):  # reads no tensor; a file that was cut short is found out
                     pass
-        except broken:  # whatever the disk made of it
+        except broken as error:  # whatever the disk made of it
+            say(f"resume    not from {path}, which is damaged or ahead of the run's files: {error}")
             continue
         ledger = state.pop("ledger")
         ledger["open"] = {int(ticket): place for ticket, place in ledger["open"].items()}
         yield path, Position(**state | {"ledger": Ledger(**ledger)}), trainer
+
+
+def _require_written(folder: Path, state: Mapping[str, Any]) -> None:
+    """ValueError where journal or metrics have lost what a checkpoint counts on."""
+    with (folder / "journal.jsonl").open("rb") as journal:
+        journal.seek(max(0, state["journal"] - 1))
+        if state["journal"] and journal.read(1) != b"\n":
+            raise ValueError(f"journal.jsonl has no record that ends at byte {state['journal']}")
+    rows = (folder / "metrics.jsonl").read_bytes()[: state["metrics"]].splitlines()
+    if [json.loads(row)["step"] for row in rows] != list(range(state["step"])):
+        raise ValueError(f"metrics.jsonl has not the {state['step']} steps before it")
 
 
 @contextmanager

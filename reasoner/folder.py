@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -40,9 +41,21 @@ def require_room_for(folder: Path, key: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, after a power cut too."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    with temporary.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """None where there is no such file, or one that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def versions() -> dict[str, str]:

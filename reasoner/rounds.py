@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], start: 
                 harvest = gather(stage, chosen, number)
             for group in (*harvest.groups, *harvest.hinted):
                 journal.append(group, step=number, version=number)
-            journal.flush()
+            journal.flush(to_disk=True)
             _require_something(stage, harvest, number)
             row = {"step": number, "version": number, **report(harvest, past.solved)}
             past.add(harvest.groups, star)
@@ -84,6 +85,7 @@ def rounds(stage: Stage, tasks: Sequence[Task], heldout: Sequence[Task], start: 
             row |= {f"seconds_{p}": clock.seconds[p] - laps.get(p, 0.0) for p in ("rollouts", "learn", "sync")}
             log.write(json.dumps(row) + "\n")
             log.flush()
+            os.fsync(log.fileno())
             past.curve.append({"greedy": row["heldout_greedy"], "by_level": row["heldout_by_level"]})
             past.spent += row["tokens_generated"]
             reached = {"metrics": log.tell(), "journal": journal.path.stat().st_size}

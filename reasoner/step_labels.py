@@ -136,9 +136,12 @@ async def _value(rollout: Rollout, end: int, engine: Engine, judge: Judge, n: in
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    with path.open("w") as file:
+    """A file of these rows, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
         for each in rows:
             file.write(json.dumps(each, ensure_ascii=False, separators=(",", ":")) + "\n")
+    partial.replace(path)
 
 
 def read(path: Path) -> list[Row]:

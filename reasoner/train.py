@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from reasoner.credit import Process, assign
 from reasoner.curriculum import Pools
 from reasoner.engine import open_engine, require_room, scoring_engine
 from reasoner.evaluate import evaluate, require_steps, table
-from reasoner.folder import new_folder, require_room_for, versions, write_json
+from reasoner.folder import new_folder, read_json, require_room_for, versions, write_json
 from reasoner.progress import Clock, PeakMemory, Screen, step_line
 from reasoner.star import Star, VStar
 from rollouts.base import Group
@@ -110,7 +111,7 @@ def train(run: Run, *, ray: str, screen: Screen, resume: Path | None = None) -> 
     with PeakMemory() as memory, ExitStack() as stack:
         if resume:
             stack.enter_context(checkpoints.lock(resume))
-            if (resume / "summary.json").exists():
+            if read_json(resume / "summary.json") is not None:
                 screen.say(f"{resume} is complete: nothing to resume")
                 return resume
         stage, start = open_stage(run, train_tasks, heldout, ray, clock, screen, stack, resume=resume)
@@ -156,7 +157,7 @@ def open_stage(
         require_room_for(Path(run.out) / run.name, "out")
     if hasattr(run.base, "steps") and not Path(run.cache).exists():  # a base that is made and not just read
         require_room_for(Path(run.cache) / "model", "cache")
-    learned, position, trainer = next(checkpoints.newest(resume), NOTHING) if resume else NOTHING
+    learned, position, trainer = next(checkpoints.newest(resume, screen.say), NOTHING) if resume else NOTHING
     if Path(position.base, "config.json").is_file():
         checkpoint = Path(position.base)  # of the interrupted run, though the code that made it may have changed
     with clock.phase("warmup"), screen.bar("warm-up", getattr(run.base, "steps", 1)) as tell:
@@ -185,6 +186,8 @@ def open_stage(
     folder = resume or new_folder(Path(run.out) / run.name)
     if not resume:
         stack.enter_context(checkpoints.lock(folder))
+    elif learned:  # its driver may have been killed before it said so
+        checkpoints.point(folder, learned)
     write_json(folder / "config.json", to_dict(run))
     tokenizer.save_pretrained(folder / "tokenizer")  # for the report, which spells tokens
     if run.engine.kind == "vllm":
@@ -368,6 +371,7 @@ def steps(
             last = step + 1 == run.steps or 0 < run.token_budget <= spent
             if last or (step + 1) % run.checkpoint_every == 0:
                 with clock.phase("save"):
+                    os.fsync(log.fileno())
                     position = replace(start, step=step + 1, version=version, metrics=log.tell(), pools=deck.state)
                     _save(stage, feed, trainer(), position, tokens_so_far(stage, start))
             tell(step + 1, step_line(row, batch.in_flight, _states(stage)))
@@ -428,6 +432,7 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
             for each in judged:
                 for group in (each.greedy, each.sampled):
                     journal.append(group, step=step, version=_version_of(group))
+            journal.flush(to_disk=True)
         result = stage.loop.run(table(judged, stage.pool, settings.k))
         paths = [each.sampled.rollouts[0].trajectory for each in judged]
         samples = [spread(path, 0.0) for path in paths if path.sampled_tokens]
@@ -441,11 +446,8 @@ def measure(stage: Stage, tasks: Sequence[Task], name: str, *, step: int) -> tup
 
 def _remembered(stage: Stage, name: str) -> tuple[dict[str, Any], float] | None:
     """What an interrupted run measured."""
-    path = stage.folder / f"evaluation-{name}.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    return result, result.pop("mismatch")
+    result = read_json(stage.folder / f"evaluation-{name}.json")
+    return None if result is None else (result, result.pop("mismatch"))
 
 
 def _version_of(group: Group) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,55 @@ def test_a_damaged_end_of_the_journal_is_cut_and_said(tmp_path, cache, undisturb
     assert go_on(run) == 0
     assert "cut after its last whole record" in capfd.readouterr().err
     assert same(run, undisturbed)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def zeroed(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def halved(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("journal.jsonl", halved),
+        ("journal.jsonl", zeroed),
+        ("metrics.jsonl", halved),
+        ("metrics.jsonl", zeroed),
+        ("evaluation-base.json", emptied),
+        ("checkpoints/step-4/config.json", zeroed),
+        ("checkpoints/step-4/state.json", emptied),
+        ("lock", zeroed),
+    ],
+)
+def test_a_file_that_lost_its_content_is_made_again(tmp_path, cache, undisturbed, name, damage, capfd):
+    """As after a power cut, or a disk that lies."""
+    run = begin(tmp_path, cache, screen=Interrupted("training 5/6"))
+    damage(run / name)
+    (run / "checkpoints" / ".writing-x").mkdir()
+    assert go_on(run) == 0
+    assert same(run, undisturbed)
+    assert not list((run / "checkpoints").glob(".*")), "what a killed driver had begun to write is left"
+    left_out = [line for line in capfd.readouterr().err.splitlines() if "resume    not from" in line]
+    assert bool(left_out) == ("journal" in name or "metrics" in name or "checkpoints" in name)
+
+
+def test_a_run_whose_last_words_were_lost_is_not_called_complete(tmp_path, undisturbed, capfd):
+    """Killed between the last checkpoint and the link to it; the summary that a disk gave back is empty."""
+    run = tmp_path / "quickstart"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    emptied(run / "summary.json")
+    (run / "checkpoint").unlink()
+    (run / "checkpoint").symlink_to("checkpoints/step-4")
+    assert go_on(run) == 0
+    assert "nothing to resume" not in capfd.readouterr().err
+    assert os.readlink(run / "checkpoint") == "checkpoints/step-6" and same(run, undisturbed)
 
 
 def test_a_run_that_is_complete_says_so(undisturbed, capfd):
