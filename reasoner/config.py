@@ -316,6 +316,8 @@ def _check_least(run: Run) -> None:
     for key, value in flat(to_dict(run)).items():
         if isinstance(value, int | float) and value < 0 and not key.startswith(signed):
             raise ConfigError(f"{key} = {value} must not be negative")
+    if run.seed >= 2**32:  # numpy's bound, which it tells only when the learner starts
+        raise ConfigError(f"seed = {run.seed} is too large: give a number below {2**32}")
 
 
 def _check_policy(run: Run, learner: Learner) -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from verifiers import Verdict, known, verify_many
+from verifiers import Task, Verdict, get, known, verify_many
 from verifiers.selftest import Case, Check, selftest
 
 OUTCOMES = ("accepted", "refused", "abstained", "failed")
@@ -67,7 +67,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.gold is None or args.answer is None:
         raise ValueError("give --gold and --answer, or --file CASES, or --selftest NAME")
     answer = sys.stdin.read() if args.answer == "-" else args.answer
-    (verdict,) = verify_many(args.verifier, [(_gold(args.gold), answer)], timeout=args.timeout, **policy)
+    gold = _gold(args.gold)
+    get(args.verifier, **policy).check(Task("gold", (), gold, args.verifier))
+    (verdict,) = verify_many(args.verifier, [(gold, answer)], timeout=args.timeout, **policy)
     return _print_verdict(verdict, args.json)
 
 

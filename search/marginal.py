@@ -273,7 +273,7 @@ def estimate(
         unfinished=float(mass[-1]),
         support=tuple(paths[i] for i in sorted(rows, key=lambda i: (-np.nan_to_num(draws.log_p[i], nan=-1e9), i))),
         ess=ess,
-        certified=proven == best,
+        certified=proven == best and not odd,  # classes that are none prove nothing
         caveat="; ".join(caveats),
         method=method,
         masses={names[i]: float(finished[i]) for i in order},

@@ -62,6 +62,7 @@ def refused(*overrides: str, path: Path = QUICKSTART) -> str:
         ("learner.lr=-1e-4", ["learner.lr = -0.0001", "negative"]),
         ("verify_timeout=inf", ["verify_timeout = inf", "finite"]),
         ("seed=-1", ["seed = -1", "negative"]),
+        ("seed=4294967296", ["seed = 4294967296", "below"]),
         ("base.blurt=2.0", ["base.blurt = 2.0", "between 0 and 1"]),
         ("base.batch=0", ["base.batch = 0", "at least 1"]),
         ("engine.max_num_seqs=0", ["engine.max_num_seqs = 0", "at least 1"]),

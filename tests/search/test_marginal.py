@@ -279,6 +279,15 @@ def test_answer_classes_close_over_a_chain_of_equals_and_say_so():
     assert labels == [0, 0, 0, 0, -1] and names == ["2"] and "'1' and '3'" in odd
 
 
+def test_equality_that_is_not_transitive_certifies_nothing():
+    drawn = ((0, "1", 0.4), (1, "2", 0.3), (2, "3", 0.2))
+    paths = [Trajectory((9,), (Step((i,), (math.log(p),), text),), end="stop") for i, text, p in drawn]
+    near = {frozenset("12"), frozenset("23")}
+    joined = estimate(paths, equal=lambda left, right: left == right or frozenset((left, right)) in near)
+    assert "not transitive" in joined.caveat and not joined.certified
+    assert estimate(paths, equal=lambda left, right: True).certified
+
+
 def test_classes_do_not_depend_on_the_order_of_paths():
     answers = ["18", "$18", "60", "18.0", "60", "7"]
     for order in itertools.permutations(answers):

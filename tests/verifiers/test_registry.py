@@ -258,6 +258,8 @@ def test_command_prints_a_confusion_table_and_every_disagreement(tmp_path, capsy
         (("--gold", "1", "--answer", "1", "--policy", "unitz=1"), 'did you mean "units"'),
         (("--gold", "1", "--answer", "1", "--policy", "units"), "KEY=VALUE"),
         (("--gold", "1"), "--answer"),
+        (("--gold", "", "--answer", "1"), "cannot be read"),
+        (("--verifier", "code", "--gold", "7", "--answer", "7"), "unreadable code reference"),
         (("--file", "/nonexistent.jsonl"), "nonexistent"),
         (("--selftest", "registry: parity"), "no cases"),
     ],
