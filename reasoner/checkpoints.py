@@ -64,8 +64,13 @@ def write(folder: Path, model: Any, tokenizer: Any, trainer: Mapping[str, Any], 
                 if f"os error {code}" in str(error):
                     raise OSError(code, os.strerror(code)) from error
             raise
-        with (fresh / "trainer.pt").open("wb") as file:
-            torch.save(dict(trainer), file)
+        try:
+            with (fresh / "trainer.pt").open("wb") as file:
+                torch.save(dict(trainer), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk: torch's own complaint covers the system's
+                raise error.__context__ from error
+            raise
         (fresh / "state.json").write_text(json.dumps(asdict(position), indent=1) + "\n")
         for path in (*fresh.iterdir(), fresh):
             _to_disk(path)

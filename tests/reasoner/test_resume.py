@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from reasoner import checkpoints
 from reasoner.__main__ import main
 from reasoner.config import load
 from reasoner.progress import Screen
@@ -237,6 +239,25 @@ def test_a_full_disk_stops_the_run_with_all_it_has_written_readable(tmp_path, ca
     assert all(json.loads(line) for line in (run / "journal.jsonl").read_bytes().splitlines())
     assert go_on(run) == 0
     assert same(run, undisturbed)
+
+
+@pytest.mark.parametrize("room", [0, 2000, 60_000])
+def test_a_disk_that_is_full_while_the_trainer_is_saved_is_told_as_such(tmp_path, room):
+    class Weights:
+        config = generation_config = None
+
+        def save_pretrained(self, folder: Path) -> None:
+            (Path(folder) / "config.json").write_text("{}")
+
+    trainer = {"moments": torch.zeros(20_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(room, 3), before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.write(tmp_path, Weights(), Weights(), trainer, checkpoints.Position())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def kill_and_resume(tmp_path: Path, cache: Path, *, kills: int, seed: int, more: tuple[str, ...] = ()) -> Path:
