@@ -173,8 +173,13 @@ def open_stage(
 
         served = run.engine.kind == "openai"  # elsewhere, and maybe too large for this machine
         # float32: small updates vanish in bfloat16 weights
-        model = None if served else load(learned or checkpoint, torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        try:
+            model = None if served else load(learned or checkpoint, torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        except (OSError, ValueError) as error:
+            if learned or checkpoint.parent.resolve() != Path(run.cache).resolve():
+                raise
+            raise ConfigError(f"{checkpoint} is damaged ({error}): remove that folder, and it is made again") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         helped = run.learner.helped(tasks) if isinstance(run.learner, Star) else []

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from reasoner import checkpoints
 from reasoner.__main__ import main
-from reasoner.config import load
+from reasoner.config import ConfigError, load
 from reasoner.progress import Screen
 from reasoner.train import train
 from rollouts.journal import read
@@ -258,6 +258,15 @@ def test_a_disk_that_is_full_while_the_trainer_is_saved_is_told_as_such(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_base_that_lost_its_content_in_the_cache_is_told_with_the_cure(tmp_path, cache, undisturbed, name):
+    shutil.copytree(cache, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("warmup-*")
+    emptied(folder / name)
+    with pytest.raises(ConfigError, match=f"{folder.name} is damaged .*: remove that folder, and it is made again"):
+        begin(tmp_path, tmp_path / "cache")
 
 
 def kill_and_resume(tmp_path: Path, cache: Path, *, kills: int, seed: int, more: tuple[str, ...] = ()) -> Path:
