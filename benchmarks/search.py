@@ -8,7 +8,7 @@ driver      CPU time of the driver for 1,000 tokens of a beam, on an engine in a
 engine      64 questions in flight on one vLLM engine. Steady: tokens a second while 64 searches are always under way,
             beam against plain sampling, in alternating windows. Whole: 64 questions from the first call to the last
             answer, by self-consistency, best-of-n and beam; its_hub on the same engine and questions if it is found
-pretrained  the steady windows on SmolLM2-135M-Instruct in bfloat16: at least a minute each, since it writes slowly
+pretrained  the steady windows on SmolLM2-135M-Instruct in bfloat16, 64 rows: a minute each or more, since it writes slowly
 
     python -m benchmarks.search [part ...] [--tasks 64] [--seconds 10]
 
@@ -360,7 +360,7 @@ def pretrained(tasks: int, seconds: float) -> list[dict]:
     sums = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     questions, _ = ReasoningGym("chain_sum", sums, train=tasks, heldout=1, prompt=ask).load()
     prompts = [encode(tokenizer, question) for question in questions]
-    placement = Placement(max_model_len=512, max_num_seqs=256, kv_cache_gib=2.0, dtype="bfloat16")
+    placement = Placement(max_model_len=512, max_num_seqs=64, kv_cache_gib=2.0, dtype="bfloat16")
     with cluster("local"):
         served = Engines.start(checkpoint, placement, Sampling(max_tokens=96, temperature=0.5), seed=1)
         try:
