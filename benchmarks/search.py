@@ -8,7 +8,7 @@ driver      CPU time of the driver for 1,000 tokens of a beam, on an engine in a
 engine      64 questions in flight on one vLLM engine. Steady: tokens a second while 64 searches are always under way,
             beam against plain sampling, in alternating windows. Whole: 64 questions from the first call to the last
             answer, by self-consistency, best-of-n and beam; its_hub on the same engine and questions if it is found
-pretrained  the steady windows on SmolLM2-135M-Instruct in bfloat16, 64 rows: a minute each or more, since it writes slowly
+pretrained  the steady windows on SmolLM2-135M-Instruct in bfloat16, 64 rows, a minute or more each
 
     python -m benchmarks.search [part ...] [--tasks 64] [--seconds 10]
 
