@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,12 +96,15 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """`ray.init` waits for minutes on a dead address, so ask first, in a process that can be given up on."""
+    """`ray.init` waits for minutes on a dead address, so ask first, in a process that can be given up on.
+
+    Where nothing listens at all, that is known at once.
+    """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     if address != "auto":
         command += ["--address", address]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=CONNECT_DEADLINE)
+        done = subprocess.run(command, capture_output=True, timeout=CONNECT_DEADLINE) if _listens(address) else None
     except subprocess.TimeoutExpired:
         done = None
     if done is None or done.returncode:
@@ -108,6 +112,18 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster answers at {address!r} within {CONNECT_DEADLINE:.0f} s: start one with "
             "`ray start --head`, correct the address, or use --ray local"
         )
+
+
+def _listens(address: str) -> bool:
+    """Whether something accepts connections at "HOST:PORT"; of any other form of address nothing is known: True."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_DEADLINE).close()
+    except OSError:
+        return False
+    return True
 
 
 class Engines:
