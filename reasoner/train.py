@@ -385,7 +385,7 @@ def steps(
 
 
 def tokens_so_far(stage: Stage, start: Position) -> dict[str, int]:
-    """What the engines sampled and read since the run began."""
+    """What the engines sampled and read since the run began, but for what killed drivers did after a checkpoint."""
     spent = stage.engine.ledger
     return {name: start.tokens.get(name, 0) + getattr(spent, name) for name in ("generated", "prefilled")}
 
