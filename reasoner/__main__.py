@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.call(args) or 0
     except KeyboardInterrupt:
-        again = "; go on with `reasoner train --resume RUN`" if args.call is _train else ""
+        again = "; where it has a folder, go on with `reasoner train --resume RUN`" if args.call is _train else ""
         print(f"reasoner: stopped; what the run has written so far is whole{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, e.g. `head`, has gone
