@@ -5,8 +5,8 @@
 methods  GRPO, RLOO, process credit, STaR, EM-STaR, ReST-EM and V-STaR's selection on one task, from one base a seed,
          each stopped when it has generated the same number of tokens in training
 star     n-digit addition: one round with rationalisation and one without, then rounds to the end (configs/star.toml)
-process  credit for steps against credit for outcomes where few paths are right as a whole: sums of four digits, from
-         a base that slips in most lines; the tokens that each needs for the accuracy that outcomes end with
+process  credit for steps against credit for outcomes where few paths are right as a whole: sums of eight terms, from
+         a base that slips in every third line; the tokens that each needs for the accuracy that outcomes end with
 table    the same rules on a policy that is a table of chances, where no model stands between a rule and what it does
 
 Everything runs on the in-process engine. A method's settings are those in METHODS; none was tuned more than another.
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import tempfile
@@ -35,18 +36,21 @@ from rich.console import Console
 
 from reasoner.config import load
 from reasoner.credit import GRPO, Credit, Process, assign
+from reasoner.demonstrations import expression
 from reasoner.progress import Screen
 from reasoner.train import train
 from rollouts.base import Group, Rollout
 from rollouts.journal import read
-from rollouts.tasks import Addition
+from rollouts.roll_out import encode
 from search.base import Step, Trajectory
 from search.metrics import interval
 from verifiers.base import Task, Verdict
+from verifiers.process import step_scores
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "learning.json"
 CONFIG = HERE.parent / "configs" / "star.toml"
+QUICKSTART = HERE.parent / "configs" / "quickstart.toml"
 BUDGET = 100_000  # tokens generated in training
 
 TASK = [  # two-digit sums: the base guesses at most of them, works some, and makes a slip in every fifth line
@@ -79,21 +83,24 @@ METHODS = {
     "V-STaR": [*ROUNDS, "learner.kind=v_star", "learner.rationalise=0", "learner.verifier_lr=3e-4"],
 }
 
-LONG = [  # four lines of work, most of them with a slip: next to no path is right as a whole
-    "tasks={kind='jsonl', path='{scratch}/train.jsonl', heldout_path='{scratch}/heldout.jsonl', "
-    "verifier='process_math'}",
-    'policies={process_math={outcome={form="simplest"}}}',
-    "engine.max_model_len=96",
-    "sampling.max_tokens=60",
+LONG = [  # seven lines of work, every third of them with a slip: next to no path is right as a whole
+    "tasks.params={min_terms=8, max_terms=8, min_digits=1, max_digits=1}",
+    "tasks.train=4000",
+    "tasks.heldout=100",
+    "tasks.verifier=process_math",
+    'policies={process_math={outcome={form="simplest"}, rule="rewrite"}}',
+    "engine={kind='paged', max_model_len=160}",
+    "sampling.max_tokens=90",
     "evaluate={tasks=100, n=8, k=8}",
-    "learner={lr=1.5e-4, lr_warmup=3}",
-    "steps=60",
+    "steps=120",
     "tasks_per_step=16",
     "search.n=8",
+    "learner={lr=1.5e-4, lr_warmup=3}",  # of 7e-5, 1.5e-4 and 4e-4 the best for GRPO
     "checkpoint_every=1000",
 ]
-LONG_BASE = "base={kind='scratchpad', hidden=64, steps=600, batch=64, hinted=0.0, longer=0.9, guess=0.0, slip=0.6}"
-DIGITS = 4  # of the sums of LONG
+SLIP = 0.35  # chance of a random result in a line that LONG's base is shown
+SHOWN = 450  # batches of 16 of such work
+CHOSEN_ON = 0  # the seed on which LONG was chosen; those measured come after it
 CREDIT = {
     "GRPO": ["credit.kind=grpo"],
     "process": ["credit.kind=process"],
@@ -120,44 +127,79 @@ def methods(seeds: int, names: list[str], scratch: Path) -> dict[str, Any]:
 
 
 def process(seeds: int, scratch: Path) -> dict[str, Any]:
-    """Kinds of credit on long sums, all from one base; seeds differ in the tasks drawn and in the paths."""
-    write_long_sums(scratch)
-    asked = load(CONFIG, [*long_sums(scratch), LONG_BASE])
-    base = asked.base.prepare(asked.tasks.load()[0], scratch / "cache", 0, lambda *_: None)
+    """Kinds of credit on long sums, all from one base; seeds differ in the order of the tasks and in the paths."""
+    numbers = range(CHOSEN_ON + 1, CHOSEN_ON + 1 + seeds)
+    base = slipping_base(scratch)
     runs: dict[str, list[dict]] = {name: [] for name in CREDIT}
-    for seed in range(seeds):
+    for seed in numbers:
         for name, credit in CREDIT.items():
-            overrides = [*long_sums(scratch), f"base={{kind='pretrained', path='{base}'}}", *credit, f"seed={seed}"]
-            runs[name].append(measured(f"long-{name}-{seed}", overrides, scratch))
-            print(f"{name}, seed {seed}: greedy {runs[name][-1]['final']['greedy']:.1%}", flush=True)
+            overrides = [*LONG, f"base={{kind='pretrained', path='{base}'}}", *credit, f"seed={seed}"]
+            runs[name].append(measured(f"long-{name}-{seed}", overrides, scratch, QUICKSTART))
+            print(f"{name}, seed {seed}: mean {runs[name][-1]['final']['mean_at_k']:.1%}", flush=True)
     needed = reach(runs)
     return {
-        "seeds": list(range(seeds)),
+        "seeds": list(numbers),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
         "mean share": mean_share(needed),
         "lines": {
-            name: [kept_and_true(scratch / "runs" / f"long-{name}-{seed}".replace(" ", "-")) for seed in range(seeds)]
+            name: [lines(scratch / "runs" / f"long-{name}-{seed}".replace(" ", "-")) for seed in numbers]
             for name in CREDIT
         },
     }
 
 
-def kept_and_true(run: Path, steps: int = 5) -> dict[str, list[float]]:
-    """Of the first and of the last steps' long sums: the share of lines that add the digits of the question, and of
-    those that state a true equality, which is all that the step scores look at."""
-    own: dict[int, list[tuple[bool, bool]]] = {}
+def slipping_base(scratch: Path) -> Path:
+    """The quickstart's base, taught besides to work LONG's sums line by line, with slips."""
+    folder = scratch / "slipping"
+    if (folder / "config.json").exists():
+        return folder
+    from transformers import AutoTokenizer
+
+    from reasoner.learner import supervise
+    from reasoner.model import load as load_model
+    from reasoner.model import save
+
+    asked = load(QUICKSTART)
+    start = asked.base.prepare(asked.tasks.load()[0], Path(asked.cache), asked.seed, lambda *_: None)
+    model, tokenizer = load_model(start, torch.float32), AutoTokenizer.from_pretrained(start)
+    noise, tasks = random.Random(0), load(QUICKSTART, LONG).tasks.load()[0]
+    rows = []
+    for task in noise.choices(tasks, k=SHOWN * 16):
+        prompt = list(encode(tokenizer, task))
+        text = slipping(expression(task), noise)
+        response = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        rows.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
+    supervise(model, tokenizer, rows, steps=SHOWN, batch=16, lr=2e-3, seed=0, folder=scratch / "shown")
+    save(model, tokenizer, folder)
+    return folder
+
+
+def slipping(sum_: str, noise: random.Random, slip: float = SLIP) -> str:
+    """The running total of a sum, one operation a line, some with a random result with which the work goes on."""
+    total, *rest = sum_.split(" ")
+    lines = []
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        right = int(total) + int(operator + term)
+        after = noise.randrange(-20, 41) if noise.random() < slip else right
+        lines.append(f"{total}{operator}{term}={after}")
+        total = str(after)
+    return "\n".join([*lines, f"Answer: {total}"])
+
+
+def lines(run: Path, steps: int = 5) -> dict[str, list[float]]:
+    """Of the lines of the first and of the last steps' work: the share that carries out a part of the question, as the
+    step scores say, and the share that states a true equality."""
+    own: dict[int, list[tuple[float, float]]] = {}
     for step, _, group in read(run / "journal.jsonl"):
-        if group.task.meta["level"] == DIGITS:
-            digits = list(zip(*(reversed(str(term)) for term in group.task.meta["terms"]), strict=True))
-            for rollout in group.scored:
-                lines = list(zip(rollout.trajectory.text.split("\n"), rollout.verdict.steps, strict=False))[:DIGITS]
-                asked = [line.startswith(f"{x}+{y}+") for (line, _), (x, y) in zip(lines, digits, strict=False)]
-                own.setdefault(step, []).extend(zip(asked, (score == 1 for _, score in lines), strict=False))
+        for rollout in group.scored:
+            true = step_scores(rollout.trajectory.text)
+            own.setdefault(step, []).extend(list(zip(rollout.verdict.steps, true, strict=True))[:-1])
     ordered = [own[step] for step in sorted(own)]
     ends = [[pair for each in part for pair in each] for part in (ordered[:steps], ordered[-steps:])]
     return {
-        name: [statistics.fmean(pair[i] for pair in end) for end in ends] for i, name in enumerate(("asked", "true"))
+        name: [statistics.fmean(pair[i] for pair in end) for end in ends]
+        for i, name in enumerate(("carried out", "true"))
     }
 
 
@@ -215,23 +257,7 @@ def mean_share(needed: dict[str, Any]) -> dict[str, Any]:
     return {name: asdict(interval(shares, unit=False)) for name, shares in reached.items()}
 
 
-def long_sums(scratch: Path) -> list[str]:
-    return [each.replace("{scratch}", str(scratch)) for each in LONG]
-
-
-def write_long_sums(scratch: Path) -> None:
-    """Sums of DIGITS digits; and, to train the base on, those of one digit."""
-    train, heldout = Addition(digits=DIGITS, train=12000, heldout=800).load()
-    for name, tasks, levels in (("train", train, (1, DIGITS)), ("heldout", heldout, (DIGITS,))):
-        rows = [
-            {"question": task.question, "answer": task.reference, **task.meta}
-            for task in tasks
-            if task.meta["level"] in levels
-        ]
-        (scratch / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
+def measured(name: str, overrides: list[str], scratch: Path, config: Path = CONFIG) -> dict[str, Any]:
     """One run: its accuracies before and after, what each held-out task got, its curve, its tokens and its seconds.
 
     What an interrupted benchmark has measured already is read from `scratch`.
@@ -241,7 +267,7 @@ def measured(name: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
         return json.loads(done.read_text())
     where = [f"name={name.replace(' ', '-')}", f"out={scratch}/runs", f"cache={scratch}/cache"]
     with (scratch / "log.txt").open("a") as log:
-        folder = train(load(CONFIG, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
+        folder = train(load(config, [*overrides, *where]), ray="local", screen=Screen(Console(file=log)))
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {

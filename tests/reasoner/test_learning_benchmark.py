@@ -1,5 +1,7 @@
 """How the comparison of ways of learning reads its runs, and that every method of it is a config that loads."""
 
+import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,18 +9,25 @@ import pytest
 from benchmarks.learning import (
     CONFIG,
     CREDIT,
-    DIGITS,
+    LONG,
     METHODS,
+    QUICKSTART,
     TABLED,
     TASK,
-    long_sums,
+    lines,
     reach,
     row,
+    slipping,
     tabled,
     tokens_at,
-    write_long_sums,
 )
 from reasoner.config import load
+from rollouts.base import Group, Rollout
+from rollouts.journal import Journal
+from search.base import Step, Trajectory
+from verifiers import get
+from verifiers.base import Task
+from verifiers.process import step_scores
 
 
 def run(values, *, tokens=100, rounds=None, greedy=(1.0, 0.0)):
@@ -40,14 +49,32 @@ def test_every_method_is_a_config_that_loads(name):
     assert load(CONFIG, [*TASK, *METHODS[name], "token_budget=1000"]).token_budget == 1000
 
 
-def test_outcomes_and_steps_are_compared_at_the_same_settings_on_long_sums(tmp_path):
-    write_long_sums(tmp_path)
-    outcomes, steps, forecast = (load(CONFIG, [*long_sums(tmp_path), *CREDIT[name]]) for name in CREDIT)
+def test_outcomes_and_steps_are_compared_at_the_same_settings_on_long_sums():
+    outcomes, steps, forecast = (load(QUICKSTART, [*LONG, *CREDIT[name]]) for name in CREDIT)
     assert replace(outcomes, credit=steps.credit) == steps and outcomes.credit != steps.credit
     assert replace(steps, credit=forecast.credit) == forecast and forecast.credit.forecast and not steps.credit.forecast
-    train, heldout = steps.tasks.load()
-    assert {task.meta["level"] for task in train} == {1, DIGITS}
-    assert {task.meta["level"] for task in heldout} == {DIGITS} and len(heldout) >= steps.evaluate.tasks
+
+
+def test_the_base_of_long_sums_is_shown_lines_some_of_which_slip_and_the_work_goes_on_from_there():
+    worked = [slipping("4 - 3 + 2 + 1", random.Random(seed)) for seed in range(200)]
+    assert slipping("4 - 3 + 2", random.Random(0), slip=0) == "4-3=1\n1+2=3\nAnswer: 3"
+    for text in worked:
+        *steps, answer = text.split("\n")
+        assert [step.split("=")[1] for step in steps[:-1]] == [re.match(r"-?\d+", step)[0] for step in steps[1:]]
+        assert answer == f"Answer: {steps[-1].split('=')[1]}"
+    right = [score for text in worked for score in step_scores(text)[:-1]]
+    assert 0.58 < sum(right) / len(right) < 0.73
+
+
+def test_lines_of_the_first_and_last_steps_are_counted_by_what_they_carry_out_and_by_their_truth(tmp_path):
+    task = Task("t", ({"role": "user", "content": "4 + 3 - 2 ="},), "5", "process_math")
+    judge = get("process_math", rule="rewrite")
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for step, text in enumerate(["9+1=10\n9+1=11\nAnswer: 5", "4+3=7\n7-2=5\nAnswer: 5"]):
+            path = Trajectory((0,), (Step((1,), (0.0,), text),), "stop")
+            rollout = Rollout(task, path, judge.verify(task, text))
+            journal.append(Group(task, (rollout,)), step=step, version=0)
+    assert lines(tmp_path, steps=1) == {"carried out": [0.0, 1.0], "true": [0.5, 1.0]}
 
 
 def test_on_a_table_of_chances_every_rule_raises_the_chance_that_all_lines_are_right():
