@@ -137,15 +137,15 @@ def process(seeds: int, scratch: Path) -> dict[str, Any]:
             runs[name].append(measured(f"long-{name}-{seed}", overrides, scratch, QUICKSTART))
             print(f"{name}, seed {seed}: mean {runs[name][-1]['final']['mean_at_k']:.1%}", flush=True)
     needed = reach(runs)
+    places = {name: [scratch / "runs" / f"long-{name}-{seed}".replace(" ", "-") for seed in numbers] for name in CREDIT}
     return {
         "seeds": list(numbers),
         "rows": [row(name, found) for name, found in runs.items()],
         "tokens to reach": needed,
         "mean share": mean_share(needed),
-        "lines": {
-            name: [lines(scratch / "runs" / f"long-{name}-{seed}".replace(" ", "-")) for seed in numbers]
-            for name in CREDIT
-        },
+        "tokens to GRPO's best": reach(runs, best=True),
+        "lines": {name: [lines(place) for place in found] for name, found in places.items()},
+        "worked": {name: [worked(place) for place in found] for name, found in places.items()},
     }
 
 
@@ -201,6 +201,17 @@ def lines(run: Path, steps: int = 5) -> dict[str, list[float]]:
         name: [statistics.fmean(pair[i] for pair in end) for end in ends]
         for i, name in enumerate(("carried out", "true"))
     }
+
+
+def worked(run: Path) -> dict[str, float]:
+    """Of the right answers that were sampled before and after: the share in which every line carried something out.
+    The others are right by luck."""
+    shares = {}
+    for when in ("base", "final"):
+        sampled = [g for _, _, g in read(run / f"evaluation-{when}.jsonl") if len(g.rollouts) > 1]
+        right = [r.verdict for group in sampled for r in group.scored if r.verdict.correct]
+        shares[when] = sum(min(verdict.steps) == 1 for verdict in right) / max(1, len(right))
+    return shares
 
 
 def table(seeds: int, lines: int, right: float, facts: int = 200, steps: int = 60) -> dict[str, Any]:
@@ -325,10 +336,11 @@ def row(name: str, runs: list[dict]) -> dict[str, Any]:
     return line
 
 
-def reach(runs: dict[str, list[dict]], window: int = 5) -> dict[str, Any]:
+def reach(runs: dict[str, list[dict]], window: int = 5, best: bool = False) -> dict[str, Any]:
     """Tokens that a method needs for the training accuracy GRPO ends with, as a share of GRPO's; None: never.
 
     GRPO's level is the mean of its last `window` steps; policy gradients are smoothed over as many, rounds are not.
+    best: its highest mean of as many steps instead, which says more where GRPO ends no higher than it began.
     """
     if "GRPO" not in runs:
         return {}
@@ -336,7 +348,8 @@ def reach(runs: dict[str, list[dict]], window: int = 5) -> dict[str, Any]:
     for name in runs:
         each = []
         for grpo, other in zip(runs["GRPO"], runs[name], strict=True):
-            level = statistics.fmean(value for _, value in grpo["curve"][-window:])
+            means = smoothed(grpo["curve"], window)
+            level = max(means) if best else means[-1]
             width = 1 if other["rounds"] else window
             needed = [tokens_at(run["curve"], level, w) for run, w in ((grpo, window), (other, width))]
             each.append(None if None in needed else needed[1] / needed[0])
@@ -346,10 +359,15 @@ def reach(runs: dict[str, list[dict]], window: int = 5) -> dict[str, Any]:
 
 def tokens_at(points: list[tuple[int, float]], level: float, window: int) -> int | None:
     """Tokens spent when the mean of `window` steps first reaches a level."""
-    for end in range(window, len(points) + 1):
-        if statistics.fmean(value for _, value in points[end - window : end]) >= level:
-            return points[end - 1][0]
-    return None
+    found = zip(points[window - 1 :], smoothed(points, window), strict=True)
+    return next((spent for (spent, _), mean in found if mean >= level), None)
+
+
+def smoothed(points: list[tuple[int, float]], window: int) -> list[float]:
+    """The mean of each `window` steps in a row."""
+    return [
+        statistics.fmean(value for _, value in points[end - window : end]) for end in range(window, len(points) + 1)
+    ]
 
 
 def star(scratch: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.learning import (
     slipping,
     tabled,
     tokens_at,
+    worked,
 )
 from reasoner.config import load
 from rollouts.base import Group, Rollout
@@ -66,15 +67,24 @@ def test_the_base_of_long_sums_is_shown_lines_some_of_which_slip_and_the_work_go
     assert 0.58 < sum(right) / len(right) < 0.73
 
 
-def test_lines_of_the_first_and_last_steps_are_counted_by_what_they_carry_out_and_by_their_truth(tmp_path):
+def test_lines_are_counted_by_what_they_carry_out_and_by_their_truth_and_right_answers_by_how_they_came(tmp_path):
+    lucky, right, wrong = "9+1=10\n9+1=11\nAnswer: 5", "4+3=7\n7-2=5\nAnswer: 5", "4+3=7\n7-2=6\nAnswer: 6"
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for step, text in enumerate([lucky, right]):
+            journal.append(judged(text), step=step, version=0)
+    for when, texts in (("base", [lucky, wrong]), ("final", [lucky, right, right, right, wrong])):
+        with Journal(tmp_path / f"evaluation-{when}.jsonl") as journal:
+            journal.append(judged(right), step=0, version=0)  # the greedy path
+            journal.append(judged(*texts), step=0, version=0)
+    assert lines(tmp_path, steps=1) == {"carried out": [0.0, 1.0], "true": [0.5, 1.0]}
+    assert worked(tmp_path) == {"base": 0.0, "final": 0.75}
+
+
+def judged(*texts):
     task = Task("t", ({"role": "user", "content": "4 + 3 - 2 ="},), "5", "process_math")
     judge = get("process_math", rule="rewrite")
-    with Journal(tmp_path / "journal.jsonl") as journal:
-        for step, text in enumerate(["9+1=10\n9+1=11\nAnswer: 5", "4+3=7\n7-2=5\nAnswer: 5"]):
-            path = Trajectory((0,), (Step((1,), (0.0,), text),), "stop")
-            rollout = Rollout(task, path, judge.verify(task, text))
-            journal.append(Group(task, (rollout,)), step=step, version=0)
-    assert lines(tmp_path, steps=1) == {"carried out": [0.0, 1.0], "true": [0.5, 1.0]}
+    paths = [Trajectory((0,), (Step((1,), (0.0,), text),), "stop") for text in texts]
+    return Group(task, tuple(Rollout(task, p, judge.verify(task, t)) for p, t in zip(paths, texts, strict=True)))
 
 
 def test_on_a_table_of_chances_every_rule_raises_the_chance_that_all_lines_are_right():
@@ -94,6 +104,12 @@ def test_tokens_to_reach_grpos_level_are_a_share_of_grpos_own():
     slow, quick = [0.1 * i for i in range(11)], [0.2 * i for i in range(11)]
     found = reach({"GRPO": [run(slow)], "quick": [run(quick)], "never": [run([0.0] * 11)]}, window=1)
     assert found == {"GRPO": [1.0], "quick": [0.5], "never": [None]}
+
+
+def test_the_level_may_be_the_highest_that_grpo_had_at_any_time():
+    rise_and_fall, quick = [0.1, 0.3, 0.5, 0.2, 0.1], [0.1, 0.5, 0.5, 0.5, 0.5]
+    runs = {"GRPO": [run(rise_and_fall)], "quick": [run(quick)]}
+    assert reach(runs, window=1, best=True) == {"GRPO": [1.0], "quick": [0.5]}
 
 
 def test_an_interval_is_over_tasks_each_with_its_mean_over_seeds():
