@@ -27,21 +27,22 @@ _OTHERS = (
 )
 _SAY = (
     r"(?:says?|said|thinks?|thought|believe[ds]?|claim(?:s|ed)?|guess(?:es|ed)?|answer(?:s|ed)?|expect(?:s|ed)?|"
-    r"conclude[ds]?|argue[ds]?|writes?|wrote|gets?|got)"
+    r"conclude[ds]?|argue[ds]?|writes?|wrote)"
 )
+_ADVERB = r"(?:(?:might|may|could|would|will|often|sometimes|usually|also|easily|first|even|initially)\s+)"
 _FALSE = r"(?:wrong|incorrect|impossible|false|untrue|mistaken|erroneous)"
 _DENIED = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\bcannot)\s*(?:(?:\w+\s+){0,2}(?:think|believe|say|claim|conclude|mean|true|correct|right|"
     r"case|certain|sure|clear|write|put|give)\W*)?$|(?<!no )(?<!without )(?<!beyond )\bdoubt(?:ful)?\W*$|"
     rf"(?<!not )(?<!nothing )(?<!isn't )\b(?:{_FALSE}|naive|tempting|careless)(?:ly)?\b|"
     r"\b(?:mistake|error|trap|misconception)s?\s+(?:is|are|was|were|would\s+be|to|of|that)\b|"
-    r"\b(?:first|initial|previous|earlier|original|old|preliminary|intermediate|common|his|her|their)\s*$|"
+    r"\b(?:first|initial|previous|earlier|original|old|preliminary|intermediate|common)\s*$|"
     r"\b(?<!value )of\s*$|\b(?:twice|half|double)\s*$",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
     r"(?:\b(?:if|unless|whether|suppose|supposing|assume|assuming|imagine|pretend|let(?:['’]s|\s+us)\s+(?:say|guess|try))|"
-    rf"{_OTHERS}\s+(?:(?:might|may|could|would|will|often|sometimes|usually|also|easily|first|even|initially)\s+)*{_SAY}|"
+    rf"{_OTHERS}\s+(?:{_ADVERB}*{_SAY}|{_ADVERB}+(?:get|gets|got))|"  # "you get 42" is what the response itself says
     r"\b(?:I|we)\s+(?:\w+\s+)?(?:thought|believed|assumed|guessed|said|claimed|expected))\W*$",
     re.IGNORECASE,
 )
@@ -80,14 +81,17 @@ def unfenced(text: str) -> str:
 
 
 def stance(text: str, start: int, words: str = "") -> Literal["meant", "denied", "supposed"]:
-    """How the response stands to the statement at `start`, whose own first words may be `words`."""
+    """How the response stands to the statement at `start`, whose own first words may be `words`.
+
+    "If ... would" supposes in words alone: "if it takes 2 h, its speed would be" before a box is a final answer.
+    """
     before = text[max(0, start - BEFORE) : start]
     governing = _LINK.sub("", _clause(before))
     if _DENIED.search(governing):
         return "denied"
     sentence = _SENTENCE.split(before)[-1]
     if _SUPPOSED.search(governing) or (
-        re.search(r"\bif\b", sentence, re.I) and re.search(r"\bwould\b", sentence[-30:] + words, re.I)
+        words and re.search(r"\bif\b", sentence, re.I) and re.search(r"\bwould\b", sentence[-30:] + words, re.I)
     ):
         return "supposed"
     return "meant"

@@ -1049,6 +1049,11 @@ UNMEANT = table(r"""
 """)
 
 MEANT = table(r"""
+42 || Therefore, one gets $x = 42$.
+42 || So in the end you get \boxed{42}.
+42 || Her final answer is 42.
+42 || So his answer is 42.
+42 || If the train travels 84 km in 2 h, its speed would be \boxed{42} km/h.
 21 || A common mistake is to say the answer is 42. In fact, the answer is 21.
 21 || A common mistake is to say the answer is 42. The correct answer is 21.
 21 || One might think the answer is 42, but the answer is 21.
