@@ -31,6 +31,7 @@ def gathered(folder: Path) -> dict[str, Any]:
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         **summary,
+        "checkpoint": "/".join(Path(summary["checkpoint"]).parts[-3:]),  # where on a machine it lay is nobody's matter
         "methods": methods,
         "samples_for_majority_40": fewest(methods),
         "commit": commit,
